@@ -1,0 +1,101 @@
+"""The paper's four measures of what was learned, in terms of the starting network. Imports torch alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_gsl.neurons import NeuronLayer, Neurons, Slice
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Percent, as in the paper's tables; over convolution layers except where said."""
+
+    neurons: float
+    """Share of the convolution neurons that is zero."""
+    group_param: float
+    """Share of the convolution parameters that sit in zero neurons."""
+    total_param: float
+    """group_param plus the share of zero parameters in live neurons. A weight that only reads a zero neuron is not
+    counted here, it is induced."""
+    total_induced: float
+    """Share of the parameters of the convolutions and the last linear layer that sit in zero neurons or only read
+    zero neurons."""
+    all_neurons: float
+    """Share of all found neurons, linear layers included, that is zero."""
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def measure(model: nn.Module, neurons: Neurons) -> Measures:
+    """The four measures of a network, before or after its dead neurons were removed.
+
+    Totals are those of the starting network; layers whose neurons are pinned count as alive. A network without
+    convolutions has 0 in the first three.
+    """
+    parameters = dict(model.named_parameters())
+    sizes = _Sizes(neurons, parameters)
+    convolutions = [layer for layer in neurons.all_layers if layer.kind == "conv"]
+    last = [layer for layer in neurons.all_layers if layer.kind == "linear"][-1:]
+    conv_tensors = list(dict.fromkeys(piece.tensor for layer in convolutions for piece in layer.producers))
+    last_tensors = [piece.tensor for layer in last for piece in layer.producers]
+
+    total = sum(sizes.starting(name) for name in conv_tensors)
+    in_dead = sum(layer.num_dead * layer.group_size for layer in convolutions)
+    zeros = sum(_zeros_in_live(layer, sizes, parameters) for layer in convolutions)
+    both = conv_tensors + last_tensors
+    induced = sum(sizes.starting(name) - sizes.live(name) for name in both)
+    return Measures(
+        neurons=_percent(sum(c.num_dead for c in convolutions), sum(c.starting_neurons for c in convolutions)),
+        group_param=_percent(in_dead, total),
+        total_param=_percent(in_dead + zeros, total),
+        total_induced=_percent(induced, sum(sizes.starting(name) for name in both)),
+        all_neurons=_percent(sum(n.num_dead for n in neurons.all_layers), sum(n.starting_neurons for n in neurons.all_layers)),
+    )
+
+
+class _Sizes:
+    """Entries of each tensor in the starting network, and of those the ones that no dead neuron owns or feeds."""
+
+    def __init__(self, neurons: Neurons, parameters: dict[str, nn.Parameter]) -> None:
+        self.shapes = {name: list(p.shape) for name, p in parameters.items()}
+        self.pieces: dict[tuple[str, int], list[tuple[NeuronLayer, Slice]]] = {}
+        for layer in neurons.all_layers:
+            for piece in (*layer.producers, *layer.readers):
+                pieces = self.pieces.setdefault((piece.tensor, piece.dim), [])
+                pieces.append((layer, piece))
+
+    def starting(self, name: str) -> int:
+        return math.prod(
+            size + sum((layer.starting_neurons - layer.num_neurons) * piece.index.shape[1]
+                       for layer, piece in self.pieces.get((name, dim), []))
+            for dim, size in enumerate(self.shapes[name])
+        )
+
+    def live(self, name: str) -> int:
+        return math.prod(len(self.live_positions(name, dim)) for dim in range(len(self.shapes[name])))
+
+    def live_positions(self, name: str, dim: int) -> Tensor:
+        live = torch.ones(self.shapes[name][dim], dtype=torch.bool)
+        for layer, piece in self.pieces.get((name, dim), []):
+            live[piece.index[~layer.mask].flatten()] = False
+        return live.nonzero().flatten()
+
+
+def _zeros_in_live(layer: NeuronLayer, sizes: _Sizes, parameters: dict[str, nn.Parameter]) -> int:
+    zeros = 0
+    for piece in layer.producers:
+        tensor = parameters[piece.tensor].detach()
+        for dim in range(tensor.dim()):
+            tensor = tensor.index_select(dim, sizes.live_positions(piece.tensor, dim).to(tensor.device))
+        zeros += int((tensor == 0).sum())
+    return zeros
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100.0 * part / whole if whole else 0.0

@@ -1,0 +1,186 @@
+"""Neurons: which slices of which parameters make up one, which of them are alive, and killing them for good.
+
+A neuron is all the slices of all the parameters that produce one channel (filter, bias, BatchNorm scale and shift).
+Its readers are the slices of later parameters that multiply its output. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What the neurons of a layer own of one tensor: neuron n owns the positions `index[n]` along dimension `dim`."""
+
+    tensor: str
+    """Name of the parameter or buffer in the model."""
+    dim: int
+    index: Tensor
+    """int64 (num_neurons, k): k = 1 for a filter, height x width for what reads a flattened feature map."""
+    is_block: bool = field(init=False)
+    """The positions are one contiguous run in neuron order, so that rows() is a view."""
+
+    def __post_init__(self) -> None:
+        flat = self.index.flatten()
+        run = len(flat) > 0 and bool((flat == torch.arange(len(flat)) + flat[0]).all())
+        object.__setattr__(self, "is_block", run)
+
+    @classmethod
+    def block(cls, tensor: str, dim: int, num_neurons: int, *, size: int = 1, start: int = 0) -> Slice:
+        return cls(tensor, dim, torch.arange(start, start + num_neurons * size).view(num_neurons, size))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """(num_neurons, k, ...) in neuron order; a view of `tensor` where `is_block`, else a copy."""
+        front = tensor.movedim(self.dim, 0)
+        if self.is_block:
+            block = front.narrow(0, int(self.index[0, 0]), self.index.numel())
+        else:
+            block = front.index_select(0, self.index.flatten().to(tensor.device))
+        return block if self.index.shape[1] == 1 else block.unflatten(0, tuple(self.index.shape))
+
+    def write_(self, tensor: Tensor, rows: Tensor) -> None:
+        """Writes back rows that were a copy."""
+        if not self.is_block:
+            flat = rows if self.index.shape[1] == 1 else rows.flatten(0, 1)
+            tensor.movedim(self.dim, 0).index_copy_(0, self.index.flatten().to(tensor.device), flat)
+
+    def clear_(self, tensor: Tensor, neurons: Tensor) -> None:
+        """Sets to zero what the given neurons (int64 indices) own."""
+        tensor.index_fill_(self.dim, self.index[neurons.cpu()].flatten().to(tensor.device), 0)
+
+
+@dataclass
+class NeuronLayer:
+    """The neurons of one layer, and what of the model belongs to them."""
+
+    name: str
+    """The first producer's module name."""
+    kind: str
+    """"conv" or "linear": the first producer's kind."""
+    producers: tuple[Slice, ...]
+    """Parameters; together one neuron's group theta_l^n."""
+    buffers: tuple[Slice, ...]
+    """Running statistics that go with the neuron but are not trained."""
+    readers: tuple[Slice, ...]
+    """Parameters that multiply the neuron's output and nothing else."""
+    group_size: int
+    """P_l: entries of one group in the starting network; it stays when neurons before this layer are removed."""
+    starting_neurons: int
+    """Neurons in the starting network."""
+    indices: Tensor
+    """int64 (num_neurons,): each neuron's number in the starting network."""
+    mask: Tensor
+    """bool (num_neurons,): True is alive. Death is this mask, never inferred from zeros."""
+    pinned: str | None = None
+    """Why these neurons cannot be removed; None: they can."""
+
+    @property
+    def num_neurons(self) -> int:
+        return len(self.mask)
+
+    def alive(self) -> Tensor:
+        """bool (num_neurons,), a copy."""
+        return self.mask.clone()
+
+    @property
+    def num_dead(self) -> int:
+        """Neurons of the starting network that are dead, removed ones included."""
+        return self.starting_neurons - int(self.mask.sum())
+
+
+Copies = Callable[[], Iterable[Mapping[str, Tensor]]]
+
+
+class Neurons:
+    """The removable neurons of a model, layer by layer in forward order; `pinned` holds the others with the reason.
+
+    Iterating gives the removable layers. The model is referred to, not copied.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[NeuronLayer], *, input_shape: tuple[int, ...] = ()) -> None:
+        self.model = model
+        self.all_layers = list(layers)
+        self.input_shape = input_shape
+        """Shape of the example input, batch first; what proofs on random inputs use."""
+        self._layers = {layer.name: layer for layer in self.all_layers if layer.pinned is None}
+        self._parameters = dict(model.named_parameters())
+        self._copies: list[Copies] = []
+
+    def __iter__(self) -> Iterator[NeuronLayer]:
+        return iter(self._layers.values())
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, name: str) -> NeuronLayer:
+        if name not in self._layers:
+            reason = self.pinned.get(name)
+            raise KeyError(f"layer {name!r} is pinned: {reason}" if reason else
+                           f"no layer {name!r} with neurons; layers: {', '.join(self._layers)}")
+        return self._layers[name]
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """Layers whose neurons stay, with the reason."""
+        return {layer.name: layer.pinned for layer in self.all_layers if layer.pinned is not None}
+
+    def parameter(self, name: str) -> nn.Parameter:
+        return self._parameters[name]
+
+    def parts(self, layer: NeuronLayer) -> list[Tensor]:
+        """The layer's groups as tensors (num_neurons, ...), one a producing slice; views where the slice is a block."""
+        return [piece.rows(self._parameters[piece.tensor]) for piece in layer.producers]
+
+    def register_copy(self, tensors: Copies) -> None:
+        """Adds tensors that mirror the parameters (momentum, moving averages) by name: a death clears them too."""
+        self._copies.append(tensors)
+
+    @torch.no_grad()
+    def zero_(self, neurons: Mapping[str, Iterable[int] | Tensor]) -> None:
+        """Kills neurons, {layer name: indices}: their group, the weights that read them, the same in every registered
+        copy and in the gradients; and marks them dead. Nothing brings them back. `IndexError` if there is no such one.
+        """
+        for name, indices in neurons.items():
+            layer = self[name]
+            which = torch.as_tensor(list(indices) if not isinstance(indices, Tensor) else indices, dtype=torch.int64)
+            if len(which) and not (0 <= int(which.min()) and int(which.max()) < layer.num_neurons):
+                raise IndexError(f"layer {name!r} has neurons 0 to {layer.num_neurons - 1}, got {which.tolist()}")
+            layer.mask[which] = False
+            gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+            everything: list[Mapping[str, Tensor]] = [self._parameters, gradients]
+            everything += [tensors for copies in self._copies for tensors in copies()]
+            for tensors in everything:
+                for piece in (*layer.producers, *layer.readers):
+                    if piece.tensor in tensors:
+                        piece.clear_(tensors[piece.tensor], which)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Mask, indices in the starting network, P_l: tensors and numbers alone, safe for `weights_only` loading."""
+        return {layer.name: {"mask": layer.mask.clone(), "indices": layer.indices.clone(),
+                             "group_size": layer.group_size, "starting_neurons": layer.starting_neurons}
+                for layer in self}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """`ValueError` unless the state is of a network with the same layers and widths."""
+        if set(state) != set(self._layers):
+            odd = sorted(set(state) ^ set(self._layers))[0]
+            raise ValueError(f"neurons: layer {odd!r} is in only one of state and network; load into the same network")
+        for name, values in state.items():
+            layer = self._layers[name]
+            if len(values["mask"]) != layer.num_neurons:
+                raise ValueError(f"neurons: layer {name!r} has {layer.num_neurons} neurons, the state "
+                                 f"{len(values['mask'])}; set the network's widths first")
+            layer.mask = values["mask"].bool().clone()
+            layer.indices = values["indices"].clone()
+            layer.group_size, layer.starting_neurons = int(values["group_size"]), int(values["starting_neurons"])
+
+    def bound_to(self, model: nn.Module) -> Neurons:
+        """The same neurons, masks copied, of another model of the same shapes."""
+        layers = [replace(layer, mask=layer.mask.clone(), indices=layer.indices.clone()) for layer in self.all_layers]
+        return Neurons(model, layers, input_shape=self.input_shape)

@@ -1,0 +1,306 @@
+"""The penalties of the method: value and proximal operator in closed form, strength per layer and over time.
+
+Imports torch alone. Legend of shapes: N neurons of a layer, P entries of one neuron's group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dist_gsl.neurons import Neurons
+
+Strength = float | Mapping[str, float] | Callable[[str, int], float]
+"""A number for all layers, a number per layer name, or a schedule (layer name, step) -> number."""
+
+
+def soft_threshold(x: Tensor, threshold: float) -> Tensor:
+    """S(x, b) = sign(x) max(|x| - b, 0), elementwise: argmin_z 1/2 (z - x)^2 + b |z|. Any shape, `threshold` >= 0."""
+    return x.sign() * (x.abs() - threshold).clamp_min_(0)
+
+
+def shrink_factors(norms: Tensor, threshold: float) -> Tensor:
+    """max(0, 1 - threshold / norm), and 1 where both are zero (so that a zero row stays what it is): (N,) -> (N,).
+
+    The factor is exactly 0 as soon as norm <= threshold, which is what makes neurons vanish exactly.
+    """
+    return (1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min_(0)
+
+
+def row_norms(parts: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each neuron over all its parts, (N, ...) each -> (N,)."""
+    norms = [torch.linalg.vector_norm(part.reshape(len(part), -1) if part.dim() == 1 else part,
+                                      dim=tuple(range(1, max(part.dim(), 2)))) for part in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def sparse_group_prox(
+    rows: Tensor, *, t: float, beta: float, alpha: float = 0.0, group_size: int | None = None
+) -> Tensor:
+    """Proximal operator of the sparse group lasso for every row at once, (N, P) -> (N, P).
+
+    Solves, for each row x,  argmin_z 1/2 |z - x|_2^2 + t beta [ (1 - alpha) sqrt(P) |z|_2 + alpha |z|_1 ]  by the
+    closed form of the paper (section 3.2):  s = S(x, t alpha beta);  z = max(0, 1 - t (1 - alpha) beta sqrt(P) / |s|) s,
+    exactly 0 where s is 0.  `group_size` is P where it is not the row's length (P stays that of the starting network).
+    """
+    check_strength(beta, alpha)
+    size = rows.shape[1] if group_size is None else group_size
+    s = soft_threshold(rows, t * alpha * beta) if alpha > 0 else rows
+    factors = shrink_factors(row_norms([s]), t * (1 - alpha) * beta * math.sqrt(size))
+    return s * factors[:, None]
+
+
+def check_strength(beta: float, alpha: float) -> None:
+    """`ValueError` unless beta >= 0 and 0 <= alpha <= 1."""
+    if not beta >= 0 or math.isinf(beta):
+        raise ValueError(f"penalty: beta is {beta}, must be a finite number >= 0; choose a beta such as 0.01")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"penalty: alpha is {alpha}, must lie in [0, 1]; 0 is group sparsity, 0.5 the paper's mixture")
+
+
+class SparseGroupLasso:
+    """r(Theta) = sum_l beta_l [ (1 - alpha_l) sqrt(P_l) sum_n |theta_l^n|_2 + alpha_l |theta_l|_1 ]  (paper, eq. 2 and 4).
+
+    `beta` and `alpha` are numbers, numbers by layer name, or schedules (layer name, step) -> number; alpha = 0 is the
+    plain group penalty (GS). A layer that a mapping does not name has beta 0.
+    """
+
+    def __init__(self, *, beta: Strength, alpha: Strength = 0.0) -> None:
+        self.beta, self.alpha = beta, alpha
+        betas = beta.values() if isinstance(beta, Mapping) else [0.0] if callable(beta) else [beta]
+        alphas = alpha.values() if isinstance(alpha, Mapping) else [0.0] if callable(alpha) else [alpha]
+        for b in betas:
+            for a in alphas:
+                check_strength(b, a)
+
+    def strength(self, layer: str, step: int) -> tuple[float, float]:
+        """(beta, alpha) of a layer at a step, checked."""
+        beta, alpha = _at(self.beta, layer, step), _at(self.alpha, layer, step)
+        check_strength(beta, alpha)
+        return beta, alpha
+
+    def value(self, neurons: Neurons, *, step: int = 0) -> Tensor:
+        """r(Theta) at the parameters' present values; a scalar, differentiable wherever no neuron is zero."""
+        total = torch.zeros(())
+        for layer in neurons:
+            beta, alpha = self.strength(layer.name, step)
+            parts = neurons.parts(layer)
+            group = math.sqrt(layer.group_size) * row_norms(parts).sum()
+            l1 = torch.stack([part.abs().sum() for part in parts]).sum()
+            total = total.to(group) + beta * ((1 - alpha) * group + alpha * l1)
+        return total
+
+    def prox_(
+        self, parts: Sequence[Tensor], *, layer: str, step: int, t: float, group_size: int, min_alive: int = 0
+    ) -> Prox:
+        """Applies the proximal operator of t r to the neurons of one layer, in place.
+
+        parts: tensors (N, ...) that together hold the layer's neurons, one neuron a row. With `min_alive` at least that
+        many neurons, the strongest before the operator, are left as they are rather than set to zero.
+        """
+        beta, alpha = self.strength(layer, step)
+        if t * beta == 0:
+            return Prox(dead=None, kept_by_force=False, beta=beta)
+        shrunk = [soft_threshold(part, t * alpha * beta) for part in parts] if alpha > 0 else list(parts)
+        factors = shrink_factors(row_norms(shrunk), t * (1 - alpha) * beta * math.sqrt(group_size))
+        if alpha > 0:  # at alpha = 1 the factor is 1 also where the soft threshold alone has emptied the row
+            factors = factors * (row_norms(shrunk) > 0)
+        protected = None
+        if min_alive and int((factors > 0).sum()) < min_alive:
+            # The strongest go through this step unshrunk; the rest die.
+            protected = row_norms(parts).topk(min(min_alive, len(factors))).indices
+            saved = [part[protected].clone() for part in parts]
+        for part, s in zip(parts, shrunk, strict=True):
+            torch.mul(s, factors.view(-1, *[1] * (part.dim() - 1)), out=part)
+            if protected is not None:
+                part[protected] = saved.pop(0)
+        dead = factors == 0
+        if protected is not None:
+            dead[protected] = False
+        return Prox(dead=dead, kept_by_force=protected is not None, beta=beta)
+
+
+@dataclass(frozen=True)
+class Prox:
+    """What a proximal step did to a layer."""
+
+    dead: Tensor | None
+    """bool (N,): the neurons that are zero now; None where the penalty is off and nothing was done."""
+    kept_by_force: bool
+    """Neurons would have died but for `min_alive`."""
+    beta: float
+
+
+def _at(strength: Strength, layer: str, step: int) -> float:
+    if callable(strength):
+        return strength(layer, step)
+    return strength.get(layer, 0.0) if isinstance(strength, Mapping) else strength
+
+
+@dataclass
+class Schedule:
+    """A factor over time, in epochs (fractions allowed): 0 before `start`, rising linearly over `ramp`, 1, then 0 from
+    `end` on. start = 0, ramp = 0, end = None is constant."""
+
+    start: float = 0.0
+    """First epoch in which the value is not zero (a delayed start lets the layers find their directions first)."""
+    ramp: float = 0.0
+    """Epochs over which it rises linearly to its full value; 0 is at once."""
+    end: float | None = None
+    """Epoch from which it is zero again: a final phase without penalty. None: never."""
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.ramp < 0 or (self.end is not None and self.end < self.start):
+            raise ValueError(
+                f"schedule: start {self.start}, ramp {self.ramp}, end {self.end}: needs start >= 0, ramp >= 0, end >= start"
+            )
+
+    def factor(self, epoch: float) -> float:
+        if epoch < self.start or (self.end is not None and epoch >= self.end):
+            return 0.0
+        return 1.0 if self.ramp == 0 else min(1.0, (epoch - self.start) / self.ramp)
+
+
+@dataclass
+class PerLayer:
+    """A value for the first layers, another for the rest, or by layer name."""
+
+    rest: float = 0.0
+    """The value of every layer that nothing else names."""
+    first: float | None = None
+    """The value of the first `num_first` layers in forward order; None: the same as the rest."""
+    num_first: int = 1
+    """How many layers are the first ones."""
+    by_layer: dict[str, float] = field(default_factory=dict)
+    """Values by layer name; they win over the other two."""
+
+    def of(self, layers: Sequence[str]) -> dict[str, float]:
+        unknown = sorted(set(self.by_layer) - set(layers))
+        if unknown:
+            raise ValueError(f"by_layer names {unknown[0]!r}, which is no layer with neurons; layers: {', '.join(layers)}")
+        first = self.rest if self.first is None else self.first
+        values = {name: first if i < self.num_first else self.rest for i, name in enumerate(layers)}
+        return {**values, **self.by_layer}
+
+    def values(self) -> list[float]:
+        return [self.rest, *([] if self.first is None else [self.first]), *self.by_layer.values()]
+
+
+@dataclass
+class PenaltyConfig:
+    """The penalty of a run. Off as long as every beta is 0."""
+
+    beta: PerLayer = field(default_factory=PerLayer)
+    """Strength; see `unit`."""
+    beta_schedule: Schedule = field(default_factory=lambda: Schedule(start=1.0))
+    """beta over time, in epochs."""
+    alpha: PerLayer = field(default_factory=PerLayer)
+    """Share of the L1 part, in [0, 1]: 0 is group sparsity (GS), 0.5 the paper's sparse group lasso (SGL)."""
+    alpha_schedule: Schedule = field(default_factory=Schedule)
+    """alpha over time, in epochs."""
+    unit: str = "absolute"
+    """"absolute": beta as in the objective. "epochs": beta is given as a number of epochs E and stands for the beta at
+    which a neuron of the starting norm in `reference_layer`, never supported by the loss, dies after E epochs of the
+    schedule; a smaller E is a stronger penalty, 0 is no penalty."""
+    reference_layer: str | None = None
+    """The layer that fixes beta where the unit is epochs; None: the last layer with neurons."""
+    every: str = "step"
+    """When the proximal operator runs: "step", "epoch" (as in the paper), or a number N: every N steps."""
+    revive: bool = False
+    """True: the paper's plain behaviour, in which a zero neuron may come back. False: dead is dead."""
+    min_alive: int = 1
+    """Neurons that every layer keeps at least."""
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("absolute", "epochs"):
+            raise ValueError(f"penalty.unit is {self.unit!r}, must be absolute or epochs")
+        if self.every not in ("step", "epoch") and not (self.every.isdigit() and int(self.every) > 0):
+            raise ValueError(f"penalty.every is {self.every!r}, must be step, epoch, or a number of steps such as 10")
+        if self.min_alive < 0:
+            raise ValueError(f"penalty.min_alive is {self.min_alive}, must be >= 0")
+        for beta in self.beta.values():
+            check_strength(beta, 0.0)
+        for alpha in self.alpha.values():
+            check_strength(0.0, alpha)
+
+    @property
+    def enabled(self) -> bool:
+        return any(beta > 0 for beta in self.beta.values())
+
+    def without(self) -> PenaltyConfig:
+        """The same run without penalty: what a baseline trains with."""
+        return PenaltyConfig()
+
+    @property
+    def interval(self) -> str | int:
+        return int(self.every) if self.every.isdigit() else self.every
+
+
+def make_penalty(
+    config: PenaltyConfig, neurons: Neurons, *, steps_per_epoch: int, learning_rate: Callable[[int], float]
+) -> SparseGroupLasso:
+    """The penalty that a config describes, for the neurons of a network at its start.
+
+    learning_rate: step -> learning rate; it gives t, and so what "dies after E epochs" means.
+    """
+    names = [layer.name for layer in neurons]
+    betas, alphas = config.beta.of(names), config.alpha.of(names)
+    if config.unit == "epochs" and config.enabled:
+        reference = config.reference_layer or names[-1]
+        if reference not in names:
+            raise ValueError(f"penalty.reference_layer {reference!r} is no layer with neurons; layers: {', '.join(names)}")
+        betas = {name: 0.0 if epochs == 0 else _beta_of_epochs(
+            epochs, config, neurons, reference, alphas[reference], steps_per_epoch, learning_rate
+        ) for name, epochs in betas.items()}
+
+    def beta(layer: str, step: int) -> float:
+        return betas.get(layer, 0.0) * config.beta_schedule.factor(step / steps_per_epoch)
+
+    def alpha(layer: str, step: int) -> float:
+        return alphas.get(layer, 0.0) * config.alpha_schedule.factor(step / steps_per_epoch)
+
+    return SparseGroupLasso(beta=beta, alpha=alpha)
+
+
+def _beta_of_epochs(
+    epochs: float, config: PenaltyConfig, neurons: Neurons, reference: str, alpha: float,
+    steps_per_epoch: int, learning_rate: Callable[[int], float],
+) -> float:
+    """The beta at which the reference layer's neuron of median norm, moved by the proximal operator alone, is zero
+    `epochs` epochs after the schedule's start. Found by bisection over the very steps of the schedule, so that ramps,
+    learning-rate drops and the L1 part count as they will."""
+    layer = neurons[reference]
+    rows = torch.cat([part.detach().reshape(layer.num_neurons, -1) for part in neurons.parts(layer)], dim=1).double()
+    row = rows[rows.norm(dim=1).argsort()[len(rows) // 2]][None].clone()
+    first = round(config.beta_schedule.start * steps_per_epoch)
+    steps = range(first, first + max(1, round(epochs * steps_per_epoch)))
+    weights = [(learning_rate(s) * config.beta_schedule.factor(s / steps_per_epoch),
+                alpha * config.alpha_schedule.factor(s / steps_per_epoch)) for s in steps]
+    weights = [(t, a) for t, a in weights if t > 0]
+    if not weights:
+        raise ValueError(
+            f"penalty: no step of the first {epochs} epochs after beta_schedule.start has a penalty; move beta_schedule.end"
+        )
+
+    def dies(beta: float) -> bool:
+        theta = row
+        for t, a in weights:
+            theta = sparse_group_prox(theta, t=t, beta=beta, alpha=a, group_size=layer.group_size)
+        return not bool(theta.any())
+
+    if alpha == 0:  # the group part alone takes t beta sqrt(P) off the norm at each step
+        return float(row.norm()) / (math.sqrt(layer.group_size) * math.fsum(t for t, _ in weights))
+    high = float(row.norm()) / math.fsum(t for t, _ in weights) + 1e-12
+    while not dies(high):
+        high *= 2
+    low = 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if dies(middle) else (middle, high)
+    return high

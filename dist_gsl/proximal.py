@@ -1,0 +1,347 @@
+"""SGD with a proximal step: called by hand, or run by DDP as soon as a bucket of gradients is reduced.
+
+One step is two phases. First every parameter takes its gradient step, and every neuron whose last part has arrived takes
+its proximal step; buckets finish last layer first and on several threads, so nothing here may depend on their order.
+Then, when all are done, neurons that reached zero are killed: momentum and readers are cleared, for good.
+Imports torch alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_gsl.neurons import NeuronLayer, Neurons
+from dist_gsl.penalty import Prox, SparseGroupLasso
+from dist_gsl.tracing import check_precision
+
+log = logging.getLogger(__name__)
+
+
+class ProximalSGD(torch.optim.Optimizer):
+    """Minimises loss + r(Theta) by proximal SGD: theta <- prox_{t r}(theta - lr * direction).
+
+    The direction is torch.optim.SGD's (momentum, Nesterov, weight decay), bit for bit. The operator runs every step,
+    every N steps (`every=N`), or when `end_epoch()` is called (`every="epoch"`, as in the paper); its t is the sum of the
+    learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its momentum
+    and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True` the
+    gradient may bring it back, as in the paper. Each layer keeps at least `min_alive` neurons.
+
+    `ValueError` where a neuron's parameters are missing, lie in groups of different learning rates, or are not float32
+    or float64.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        neurons: Neurons,
+        penalty: SparseGroupLasso,
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        every: str | int = "step",
+        revive: bool = False,
+        min_alive: int = 1,
+    ) -> None:
+        if nesterov and momentum <= 0:
+            raise ValueError("ProximalSGD: nesterov needs a momentum above 0")
+        if every not in ("step", "epoch") and not (isinstance(every, int) and every >= 1):
+            raise ValueError(f'ProximalSGD: every is {every!r}, must be "step", "epoch", or a number of steps')
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        check_precision(neurons.model)
+        self.neurons, self.penalty = neurons, penalty
+        self.every, self.revive, self.min_alive = every, revive, min_alive
+        self.num_steps = 0
+        self._since_prox = [0.0] * len(self.param_groups)  # sum of learning rates per parameter group
+        self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._layer_groups = {layer.name: self._groups_of(layer) for layer in neurons}
+        self._proxes: dict[str, Prox] = {}
+        self._warned: set[str] = set()
+        self._backward: _InBackward | None = None
+        neurons.register_copy(self._momentum)
+
+    # --- by hand
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Gradient step, proximal step, deaths. `RuntimeError` once attached to DDP: backward() steps by itself there."""
+        if self._backward is not None and not self._backward.stepping:
+            raise RuntimeError("ProximalSGD is attached to DDP: backward() has already stepped; leave out optimizer.step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.begin_step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update_(p, p.grad, group)
+        if self.prox_is_due:
+            for layer in self.neurons:
+                self.prox_(layer)
+        self.finish_step()
+        return loss
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Runs the proximal operator where `every` is "epoch"; call it at the end of each epoch. Else does nothing."""
+        if self.every == "epoch":
+            for layer in self.neurons:
+                self.prox_(layer)
+            self._since_prox = [0.0] * len(self.param_groups)
+            self.finish_step()
+
+    # --- in DDP's communication hook
+
+    def attach(
+        self,
+        ddp: DistributedDataParallel,
+        *,
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Steps inside backward: each bucket's gradients are reduced, divided, stepped and shrunk while backward still
+        works on earlier layers. Call zero_grad() as usual and leave out step().
+
+        Gradients are averaged over workers as DDP does, or, after `set_num_samples`, over samples. Where overlap cannot
+        be right (a GradScaler, clipping of the global norm, DDP's find_unused_parameters) the step is taken when
+        backward has ended, and a line on the log says so.
+        """
+        self._backward = _InBackward(self, ddp, max_grad_norm=max_grad_norm, scaler=scaler)
+
+    def set_num_samples(self, num_samples: int) -> None:
+        """Says that the next backward's gradient is of a sum over this many local samples (over all its accumulated
+        parts): it is divided by the number of samples of all workers, so that uneven batches weigh right."""
+        if self._backward is None:
+            raise RuntimeError("ProximalSGD.set_num_samples divides in DDP's hook: call attach(ddp) first, or use a mean loss")
+        self._backward.count_samples(num_samples)
+
+    # --- the pieces of a step; both ways above run these and nothing else
+
+    def begin_step(self) -> None:
+        self.num_steps += 1
+        self._since_prox = [t + group["lr"] for t, group in zip(self._since_prox, self.param_groups, strict=True)]
+        self._check_rates()
+
+    @property
+    def prox_is_due(self) -> bool:
+        return self.every != "epoch" and self.num_steps % (1 if self.every == "step" else int(self.every)) == 0
+
+    def update_(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """torch.optim.SGD's update of one parameter, in place."""
+        if group["weight_decay"]:
+            grad = grad.add(p, alpha=group["weight_decay"])
+        if group["momentum"]:
+            buffer = self.state[p].get("momentum_buffer")
+            if buffer is None:
+                buffer = self.state[p]["momentum_buffer"] = grad.clone()
+            else:
+                buffer.mul_(group["momentum"]).add_(grad)
+            grad = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+        p.add_(grad, alpha=-group["lr"])
+
+    def prox_(self, layer: NeuronLayer) -> None:
+        """The proximal step of one layer; who died is kept for `finish_step`."""
+        parts = self.neurons.parts(layer)
+        t = self._since_prox[self._layer_groups[layer.name][0]]
+        self._proxes[layer.name] = self.penalty.prox_(
+            parts, layer=layer.name, step=self.num_steps - 1, t=t, group_size=layer.group_size, min_alive=self.min_alive
+        )
+        for piece, rows in zip(layer.producers, parts, strict=True):
+            piece.write_(self.neurons.parameter(piece.tensor), rows)
+
+    def finish_step(self) -> None:
+        """Second phase: kills what reached zero. Nothing of it may run before all layers have had their first phase,
+        because it writes to the readers, which are other layers' parameters."""
+        if self._proxes and self.every != "epoch":
+            self._since_prox = [0.0] * len(self.param_groups)
+        for name, prox in self._proxes.items():
+            layer = self.neurons[name]
+            if prox.kept_by_force and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"layer {name!r}: beta {prox.beta:.4g} would kill every neuron; the strongest {self.min_alive} stay "
+                    "(min_alive). Lower beta for this layer or start it later",
+                    stacklevel=2,
+                )
+            if prox.dead is None:
+                continue
+            dead = prox.dead.to(layer.mask.device)
+            if self.revive:
+                layer.mask = ~dead
+            elif bool((dead & layer.mask).any()):
+                self.neurons.zero_({name: (dead & layer.mask).nonzero().flatten()})
+        self._proxes = {}
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state, the count of steps, the running t, and the neurons' masks: all that the next step reads."""
+        return {
+            **super().state_dict(),
+            "num_steps": self.num_steps,
+            "since_prox": list(self._since_prox),
+            "neurons": self.neurons.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, masks included. `ValueError` if it is of another network."""
+        state = dict(state_dict)
+        self.neurons.load_state_dict(state.pop("neurons"))
+        self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
+        super().load_state_dict(state)
+
+    def _momentum(self) -> list[dict[str, Tensor]]:
+        buffers = {}
+        for name, p in self.neurons.model.named_parameters():
+            buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+            if buffer is not None:
+                buffers[name] = buffer
+        return [buffers]
+
+    def _groups_of(self, layer: NeuronLayer) -> list[int]:
+        groups = set()
+        for piece in layer.producers:
+            p = self.neurons.parameter(piece.tensor)
+            if p not in self._group_of:
+                raise ValueError(f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is not optimized; "
+                                 "pass all of the model's parameters")
+            if not p.requires_grad:
+                raise ValueError(f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is frozen: they could "
+                                 "never reach zero; unfreeze it")
+            groups.add(self._group_of[p])
+        return sorted(groups)
+
+    def _check_rates(self) -> None:
+        for name, groups in self._layer_groups.items():
+            rates = {self.param_groups[i]["lr"] for i in groups}
+            if len(rates) > 1:
+                raise ValueError(f"ProximalSGD: the neurons of {name!r} lie in parameter groups of learning rates "
+                                 f"{sorted(rates)}; one neuron needs one rate, put its parameters into one group")
+
+
+class _InBackward:
+    """Runs an optimizer's step from DDP's communication hook."""
+
+    def __init__(
+        self, optimizer: ProximalSGD, ddp: DistributedDataParallel, *, max_grad_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.optimizer, self.ddp, self.max_grad_norm, self.scaler = optimizer, ddp, max_grad_norm, scaler
+        reasons = [
+            text for text, given in (
+                ("a GradScaler may skip the step", scaler is not None),
+                ("the norm is clipped over all gradients", max_grad_norm is not None),
+                ("DDP looks for unused parameters", ddp.find_unused_parameters),
+            ) if given
+        ]
+        self.overlap = not reasons
+        if reasons:
+            log.info("stepping after backward, not within: %s", ", ".join(reasons))
+        self.stepping = False
+        self._work: list[Any] = []  # the futures of this backward's buckets
+        self._samples: tuple[Tensor, Any] | None = None
+        self._lock = threading.Lock()
+        self._layers_of: dict[nn.Parameter, list[NeuronLayer]] = {}
+        for layer in optimizer.neurons:
+            for piece in layer.producers:
+                self._layers_of.setdefault(optimizer.neurons.parameter(piece.tensor), []).append(layer)
+        self._pending: dict[str, int] = {}
+        ddp.register_comm_hook(None, self._hook)
+
+    def count_samples(self, num_samples: int) -> None:
+        device = next(self.ddp.module.parameters()).device
+        count = torch.tensor(float(num_samples), device=device)
+        self._samples = count, dist.all_reduce(count, group=self.ddp.process_group, async_op=True)
+
+    def _hook(self, _state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if not self._work:
+            self._begin()
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        gradients = [  # bucket.gradients() reads channels_last parameters in the wrong order
+            g.as_strided(p.shape, p.stride(), g.storage_offset())
+            for p, g in zip(parameters, bucket.gradients(), strict=True)
+        ]
+
+        def reduced(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            flat = future.value()[0]
+            with torch.no_grad():  # pool threads have gradients on
+                flat.div_(self._divisor())
+                if self.overlap:
+                    self._step(parameters, gradients)
+            return flat
+
+        future = dist.all_reduce(buffer, group=self.ddp.process_group, async_op=True).get_future().then(reduced)
+        self._work.append(future)
+        return future
+
+    def _begin(self) -> None:
+        """Before the first bucket of a backward."""
+        if self.overlap:
+            self.optimizer.begin_step()
+            self._pending = {layer.name: len(layer.producers) for layer in self.optimizer.neurons}
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _divisor(self) -> Tensor | int:
+        if self._samples is None:
+            return dist.get_world_size(self.ddp.process_group)
+        count, work = self._samples
+        work.wait()
+        return count
+
+    def _step(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+        optimizer = self.optimizer
+        for p, g in zip(parameters, gradients, strict=True):
+            optimizer.update_(p, g, optimizer.param_groups[optimizer._group_of[p]])
+        if not optimizer.prox_is_due:
+            return
+        complete: list[NeuronLayer] = []
+        with self._lock:  # a neuron's filter, bias and BatchNorm pair can arrive on different threads
+            for p in parameters:
+                for layer in self._layers_of.get(p, []):
+                    self._pending[layer.name] -= 1
+                    if self._pending[layer.name] == 0:
+                        complete.append(layer)
+        for layer in complete:
+            optimizer.prox_(layer)
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """When backward ends: all buckets are waited for before the second phase."""
+        for future in self._work:
+            future.wait()
+        self._work, self._samples = [], None
+        if self.overlap:
+            self.optimizer.finish_step()
+            self.optimizer._opt_called = True  # or learning-rate schedulers warn that step() was never called
+        else:
+            # DDP queues its own last work, copying gradients of unused parameters, before this comes round again.
+            torch.autograd.Variable._execution_engine.queue_callback(self._step_after_backward)
+
+    def _step_after_backward(self) -> None:
+        optimizer = self.optimizer
+        self.stepping = True
+        try:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            if self.max_grad_norm is not None:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            if self.scaler is not None:
+                self.scaler.step(optimizer)
+                self.scaler.update()
+            else:
+                optimizer.step()
+        finally:
+            self.stepping = False
