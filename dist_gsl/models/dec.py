@@ -39,7 +39,7 @@ def dec8(
     | fc   | classes  |    | after the mean of each channel |   | chosen      |
 
     The widths are the paper's, k = 3 in pairs 3 to 8 is inferred from its tables. Choices where it is silent: k of the
-    pairs 1 and 2 (of 11, 7, 5 and 3, which all fit; together they hold under 3 % of the convolution parameters at
+    pairs 1 and 2 (of 11, 7, 5 and 3, which all fit; together they hold under 4 % of the convolution parameters at
     M = 512); stride 2 in pair 1, split as (2, 1) and (1, 2); padding (k-1)/2; where to pool: down to the 7 x 7 of VGG,
     early enough that the wide pairs see small maps; global average pooling before the only FC; BatchNorm after each of
     the 16 convolutions.

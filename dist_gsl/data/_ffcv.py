@@ -1,0 +1,242 @@
+"""What FFCV lacks, in one place: a writer that cannot hang, a reader of given batches whose errors surface.
+
+FFCV's own writer waits for ever when a worker dies, and its own loader when its thread raises. This module is the only
+one that imports ffcv when it is loaded, so import it inside functions.
+"""
+# ruff: noqa: E402, I001
+
+import contextlib
+import ctypes
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import Process, Queue, Value
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_torch_threads = torch.get_num_threads()  # importing ffcv sets it to 1
+
+from ffcv.fields import FloatField, IntField, NDArrayField, RGBImageField
+from ffcv.fields.base import Field
+from ffcv.fields.basics import IntDecoder
+from ffcv.fields.ndarray import NDArrayDecoder
+from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+from ffcv.loader import Loader as FfcvLoader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_allocator import MemoryAllocator
+from ffcv.reader import Reader
+from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType
+from ffcv.writer import DatasetWriter, handle_sample, worker_job_indexed_dataset
+
+torch.set_num_threads(_torch_threads)
+
+__all__ = [
+    "ALLOC_TABLE_TYPE",
+    "CURRENT_VERSION",
+    "SCALAR_FIELDS",
+    "TYPE_ID_HANDLER",
+    "BatchReader",
+    "Field",
+    "FieldDescType",
+    "HeaderType",
+    "IntField",
+    "NDArrayField",
+    "RGBImageField",
+    "Reader",
+    "Writer",
+]
+
+_POLL_SECONDS: Final = 0.05
+_CHUNK: Final = 100  # samples handed to a writer's worker at a time
+_BATCHES_AHEAD: Final = 2
+
+
+SCALAR_FIELDS: Final = (IntField, FloatField)
+"""Fields kept in the metadata of a sample, outside the pages."""
+
+
+class Writer(DatasetWriter):
+    """FFCV's writer, which ends with an exception when something fails, and leaves no process or shared memory."""
+
+    def __init__(self, path: str, fields: Mapping[str, Field], *, page_size: int, num_workers: int) -> None:
+        super().__init__(path, dict(fields), page_size=page_size, num_workers=max(num_workers, 1))
+
+    def write(self, dataset: Any, *, progress: Callable[[int], None]) -> None:
+        """Write every sample of `dataset`; `progress` is told how many are done.
+
+        One worker writes in this process: nothing to wait for, and the bytes of the file follow from the samples. More
+        are processes of their own, and the order of pages in the file depends on which was faster.
+        """
+        self.num_samples = len(dataset)
+        self.prepare()
+        try:
+            if self.num_workers == 1:
+                self.finalize(self._write_here(dataset, progress))
+            else:
+                self.finalize(self._write_in_processes(dataset, progress))
+        finally:
+            self.metadata_sm.close()
+            self.metadata_sm.unlink()
+
+    def _write_here(self, dataset: Any, progress: Callable[[int], None]) -> list[Any]:
+        # Not a view of the shared memory: while an exception held one, the memory could not be closed.
+        metadata = np.zeros(self.num_samples, dtype=self.metadata_type)
+        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+        names = self.metadata_type.names
+        with allocator:
+            for position in range(self.num_samples):
+                handle_sample(dataset[position], position, names, metadata, allocator, self.fields)
+                if position % _CHUNK == _CHUNK - 1:
+                    progress(position + 1)
+        progress(self.num_samples)
+        content = metadata.tobytes()
+        self.metadata_sm.buf[: len(content)] = content
+        return allocator.allocations
+
+    def _write_in_processes(self, dataset: Any, progress: Callable[[int], None]) -> list[Any]:
+        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+        work: Any = Queue()
+        allocations: Any = Queue()
+        errors: Any = Queue()
+        done = Value(ctypes.c_uint64, 0)
+        for first in range(0, self.num_samples, _CHUNK):
+            work.put([(i, i) for i in range(first, min(first + _CHUNK, self.num_samples))])
+        for _ in range(self.num_workers):
+            work.put(None)
+        job = (work, self.metadata_sm, self.metadata_type, self.fields, allocator, done, allocations, dataset)
+        processes = [Process(target=_run_worker, args=(errors, job), daemon=True) for _ in range(self.num_workers)]
+        try:
+            for process in processes:
+                process.start()
+            while done.value < self.num_samples:
+                _raise_if_dead(processes, errors)
+                progress(done.value)
+                time.sleep(_POLL_SECONDS)
+            progress(self.num_samples)
+            table: list[Any] = []
+            remaining = self.num_workers
+            while remaining:
+                try:
+                    table += allocations.get(timeout=1.0)
+                    remaining -= 1
+                except queue.Empty:
+                    _raise_if_dead(processes, errors)
+            for process in processes:
+                process.join()
+            return table
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.terminate()
+                if process.pid is not None:
+                    process.join()
+            for channel in (work, allocations, errors):
+                channel.close()
+                channel.cancel_join_thread()  # what nobody read must not keep this process from ending
+
+
+def _run_worker(errors: Any, job: tuple[Any, ...]) -> None:
+    cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork, and work given to them would wait for ever
+    try:
+        worker_job_indexed_dataset(*job)
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            errors.put(f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from None
+
+
+def _raise_if_dead(processes: Sequence[Process], errors: Any) -> None:
+    for process in processes:
+        if process.exitcode:
+            try:
+                message = errors.get(timeout=1.0)
+            except queue.Empty:
+                message = f"exit code {process.exitcode} (was it killed, or out of memory?)"
+            raise RuntimeError(f"a process that wrote the data set ended early: {message}")
+
+
+class _Epoch(EpochIterator):
+    """FFCV's reading thread; what it raises is kept and raised where the batches are consumed."""
+
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+            self.output_queue.put(None)
+
+    def stop(self) -> None:
+        """End the thread. It may be waiting for room in the queue, so make room until it is gone."""
+        self.terminate_event.set()
+        while self.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self.output_queue.get(timeout=_POLL_SECONDS)
+        self.close()
+
+
+class BatchReader:
+    """Reads batches of given positions from a beton through FFCV, decoding ahead in a thread of its own.
+
+    Args:
+        path: the beton, already checked.
+        batch_size: number of samples of every batch but, perhaps, the last.
+        image_size: side of the square that colour images are decoded to; None where images are arrays.
+        image_share: side of the central square that is kept, as a share of the image's shorter side (colour only).
+        num_threads: threads that decode; never more than the CPUs this process may use, which FFCV would refuse.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        batch_size: int,
+        image_size: int | None,
+        image_share: float,
+        target_is_array: bool,
+        num_threads: int,
+    ) -> None:
+        image = (
+            NDArrayDecoder()
+            if image_size is None
+            else CenterCropRGBImageDecoder(output_size=(image_size, image_size), ratio=image_share)
+        )
+        target = NDArrayDecoder() if target_is_array else IntDecoder()
+        torch_threads = torch.get_num_threads()
+        try:
+            self._loader = FfcvLoader(
+                path,
+                batch_size=batch_size,
+                num_workers=min(num_threads, len(os.sched_getaffinity(0))),
+                os_cache=True,
+                seed=0,
+                pipelines={"image": [image], "target": [target], "index": [IntDecoder()]},
+                drop_last=False,
+                batches_ahead=_BATCHES_AHEAD,
+            )
+        finally:
+            torch.set_num_threads(torch_threads)  # FFCV's constructor overwrites it
+
+    def read(self, order: NDArray[np.int64]) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """Yield (images, targets, indices) for consecutive runs of `batch_size` positions of `order`.
+
+        The arrays are views of a ring of buffers and hold until the next one is asked for. Whatever ends the
+        iteration, the reading thread is gone afterwards.
+        """
+        torch_threads = torch.get_num_threads()
+        try:
+            epoch = _Epoch(self._loader, order.astype(np.uint64))  # the type that FFCV compiles for
+        finally:
+            torch.set_num_threads(torch_threads)
+        try:
+            yield from epoch
+            if epoch.error is not None:
+                raise RuntimeError(f"reading {self._loader.fname} failed: {epoch.error}") from epoch.error
+        finally:
+            epoch.stop()

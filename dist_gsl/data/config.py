@@ -1,0 +1,60 @@
+"""Which data a run uses, and how it reads them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+
+class Augment(Enum):
+    """What is done at random to an image of the training split."""
+
+    NONE = "none"
+    """Nothing: as in evaluation."""
+    CROP_FLIP = "crop-flip"
+    """The paper's for ImageNet: from a square of size * 256 / 224, a random crop of size x size, mirrored or not."""
+    SHIFT = "shift"
+    """For characters: shifted by up to 2 pixels each way, the border repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data of a run."""
+
+    source: str = "chars"
+    """Where the images come from: chars, digits, rotated-digits, or imagefolder:PATH."""
+    dir: str | None = None
+    """Folder with the written .beton files. None: written on first use to ./data/SOURCE-HASH."""
+    seed: int = 0
+    """Seed of the data set itself, for sources that render or draw it."""
+    num_train: int | None = None
+    """Number of training samples. None: as many as the source has by default."""
+    num_val: int | None = None
+    """Number of validation samples. None: as many as the source has by default."""
+    num_test: int | None = None
+    """Number of test samples. None: as many as the source has by default."""
+    size: int | None = None
+    """Side in pixels of the images that the network sees. None: that of grey images, 224 for colour."""
+    augment: Augment = Augment.NONE
+    """What is done at random to training images."""
+    num_threads: int = 1
+    """Threads that decode images, for each process."""
+
+    def counts(self) -> dict[str, int]:
+        """The number of samples of those splits for which one was given."""
+        given = {"train": self.num_train, "val": self.num_val, "test": self.num_test}
+        return {split: count for split, count in given.items() if count is not None}
+
+    def directory(self) -> Path:
+        """The folder of the files: `dir`, or one whose name follows from the settings that the files follow from."""
+        if self.dir is not None:
+            return Path(self.dir)
+        return Path("data") / folder_name(self.source, seed=self.seed, counts=self.counts())
+
+
+def folder_name(source: str, *, seed: int, counts: Mapping[str, int]) -> str:
+    """A name for the folder of a data set, such as ``chars-3f9a01c2``: equal settings, equal name."""
+    settings = json.dumps([source, seed, sorted(counts.items())])
+    return f"{source.partition(':')[0]}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"

@@ -1,0 +1,236 @@
+"""Batches of a beton, read through FFCV, the same whatever the number of processes.
+
+B is the number of samples that this process reads in a step, K the length of a regression target.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_gsl.data import augment as augmentation
+from dist_gsl.data import order
+from dist_gsl.data.beton import BetonInfo, DataError, check, dataset_info
+from dist_gsl.data.config import Augment
+
+DEFAULT_SIZE: Final = 224  # pixels, of colour images
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of this process. Its tensors are its own: they may be kept."""
+
+    images: Tensor
+    """float32 (B, C, H, W), each channel with the training split's mean 0 and standard deviation 1."""
+    targets: Tensor
+    """int64 (B,) classes, or float32 (B, K)."""
+    indices: Tensor
+    """int64 (B,), the samples' positions in their source."""
+
+
+class Loader:
+    """Reads a beton in batches; one epoch each time it is iterated.
+
+    In training the samples are permuted by (seed, epoch), alike in every process. Step k takes the k-th run of
+    `batch_size` samples, and each rank a contiguous part of it, so any world size sees the same global batches with the
+    same pixels. The partial batch at the end of a training epoch is left out. In evaluation every sample is visited
+    exactly once over all ranks, in the file's order; a rank that gets nothing of the last batch has one step less.
+
+    Args:
+        path: the beton; ``dataset.json`` stands beside it.
+        batch_size: samples of a step over all ranks.
+        rank: number of this process.
+        world_size: number of processes.
+        seed: seed of the order and of the augmentation, >= 0.
+        train: shuffle, augment, and leave out the partial batch at the end.
+        size: side in pixels of the images returned. None: as stored for grey images, 224 for colour.
+        augment: what is done to training images at random; ignored in evaluation.
+        num_threads: threads that decode.
+        device: where the batches go.
+        channels_last: memory format of the images.
+
+    Colour images in evaluation are the central square of 224 / 256 of the shorter side, resized.
+
+    Raises:
+        DataError: the file is missing, damaged, or lacks what is needed.
+        ValueError: an argument out of range, or a size or augmentation that does not fit the images.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        batch_size: int,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        size: int | None = None,
+        augment: Augment = Augment.NONE,
+        num_threads: int = 1,
+        device: str | torch.device = "cpu",
+        channels_last: bool = False,
+    ) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
+        if batch_size < world_size:
+            raise ValueError(
+                f"batch_size is the number of samples of a step over all processes: it must be at least their number "
+                f"{world_size}, not {batch_size}"
+            )
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, not {seed}")
+        if num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {num_threads}")
+        self.path = Path(path)
+        self._beton = check(self.path)
+        self.info = dataset_info(self.path.parent)
+        self._check_fields()
+        if train and self._beton.num_samples < batch_size:
+            raise ValueError(
+                f"batch_size {batch_size} is larger than the {self._beton.num_samples} samples of {self.path}, so a "
+                "training epoch would have no step: choose a smaller one"
+            )
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.train = seed, train
+        self.augment = augment if train else Augment.NONE
+        self.device = torch.device(device)
+        self.size = self._checked_size(size)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        statistics = np.array([self.info.mean, self.info.std], np.float32).reshape(2, -1, 1, 1) * 255
+        self._mean, self._std = torch.from_numpy(statistics).to(self.device)
+        self._epoch, self._start_step = 0, 0
+
+        from dist_gsl.data._ffcv import BatchReader
+
+        decoded_size = None
+        if self._is_colour:
+            decoded_size = round(self.size * 256 / 224) if self.augment is Augment.CROP_FLIP else self.size
+        self._reader = BatchReader(
+            str(self.path),
+            batch_size=self._share_of(batch_size),
+            image_size=decoded_size,
+            # A random crop needs the margin that evaluation cuts off.
+            image_share=1.0 if self.augment is Augment.CROP_FLIP else 224 / 256,
+            target_is_array=self.info.num_targets > 0,
+            num_threads=num_threads,
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the file, over all ranks."""
+        return self._beton.num_samples
+
+    @property
+    def beton(self) -> BetonInfo:
+        return self._beton
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch of the next iterations, and the step of it to start with.
+
+        The batches from `start_step` on are the tail of those of the whole epoch.
+        """
+        if epoch < 0 or not 0 <= start_step <= self._num_global_steps:
+            raise ValueError(
+                f"epoch must be >= 0 and start_step from 0 to {self._num_global_steps}, not {epoch} and {start_step}"
+            )
+        self._epoch, self._start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch for this rank."""
+        steps = self._num_global_steps
+        if self.train or steps == 0:
+            return steps
+        last = self.num_samples - (steps - 1) * self.batch_size
+        return steps if self._share_of(last) else steps - 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._epoch
+        positions = order.epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.train)
+        batches = order.rank_batches(
+            positions,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            drop_last=self.train,
+            start_step=self._start_step,
+        )
+        wanted = np.concatenate([np.empty(0, np.int64), *batches])
+        for images, targets, indices in self._reader.read(wanted):
+            yield self._batch(images, targets, indices[:, 0], epoch=epoch)
+
+    @property
+    def _num_global_steps(self) -> int:
+        return order.num_steps(self.num_samples, batch_size=self.batch_size, drop_last=self.train)
+
+    def _share_of(self, num_samples: int) -> int:
+        part = order.share(num_samples, rank=self.rank, world_size=self.world_size)
+        return part.stop - part.start
+
+    @property
+    def _is_colour(self) -> bool:
+        return self._beton.fields["image"] == "RGBImageField"
+
+    def _batch(
+        self, images: NDArray[np.uint8], targets: NDArray[Any], indices: NDArray[np.int64], *, epoch: int
+    ) -> Batch:
+        # All that is read is a view of a buffer that FFCV writes to again: `indices` and `targets` are copied here.
+        indices = indices.copy()
+        targets = targets.copy() if self.info.num_targets else targets[:, 0].copy()
+        if self._is_colour:
+            images = images.transpose(0, 3, 1, 2)  # decoded as (B, H, W, C)
+        match self.augment:
+            case Augment.SHIFT:
+                images = augmentation.shift(images, indices, seed=self.seed, epoch=epoch)
+            case Augment.CROP_FLIP:
+                images = augmentation.crop_flip(images, indices, size=self.size, seed=self.seed, epoch=epoch)
+        # Bytes travel, a quarter of the floats: in one call, `to` would convert before it copies.
+        levels = torch.from_numpy(images).to(self.device).to(torch.float32)
+        normalised = levels.sub_(self._mean).div_(self._std).contiguous(memory_format=self._memory_format)
+        return Batch(normalised, torch.from_numpy(targets).to(self.device), torch.from_numpy(indices).to(self.device))
+
+    def _check_fields(self) -> None:
+        fields, info = self._beton.fields, self.info
+        for name in ("image", "target", "index"):
+            if name not in fields:
+                raise DataError(
+                    f"{self.path} has no field {name!r}, only {', '.join(fields)}: write it with `dist-gsl data write`"
+                )
+        wanted = {
+            "image": "NDArrayField" if info.channels == 1 else "RGBImageField",
+            "target": "NDArrayField" if info.num_targets else "IntField",
+            "index": "IntField",
+        }
+        for name, kind in wanted.items():
+            if fields[name] != kind:
+                raise DataError(
+                    f"field {name!r} of {self.path} is a {fields[name]}, not a {kind} as its dataset.json says: "
+                    "write the data set again"
+                )
+        if (self._beton.channels, self._beton.target_size) != (info.channels, info.num_targets):
+            raise DataError(
+                f"{self.path} has images of {self._beton.channels} channels and {self._beton.target_size} numbers a "
+                f"target, its dataset.json says {info.channels} and {info.num_targets}: write the data set again"
+            )
+
+    def _checked_size(self, size: int | None) -> int:
+        if self._is_colour:
+            if self.augment is Augment.SHIFT:
+                raise ValueError("augmentation 'shift' is for grey characters: choose 'crop-flip' or 'none'")
+            size = DEFAULT_SIZE if size is None else size
+            if size < 8:
+                raise ValueError(f"size must be at least 8 pixels, not {size}")
+            return size
+        if self.augment is Augment.CROP_FLIP:
+            raise ValueError("augmentation 'crop-flip' is for colour images: choose 'shift' or 'none'")
+        stored = self._beton.height
+        if self._beton.width != stored:
+            raise DataError(f"the images of {self.path} are not square: write the data set again")
+        if size is not None and size != stored:
+            raise ValueError(f"the grey images of {self.path} are stored at {stored} pixels a side, not {size}")
+        return stored
