@@ -242,22 +242,34 @@ class PenaltyConfig:
         return int(self.every) if self.every.isdigit() else self.every
 
 
-def make_penalty(
+def starting_betas(
     config: PenaltyConfig, neurons: Neurons, *, steps_per_epoch: int, learning_rate: Callable[[int], float]
-) -> SparseGroupLasso:
-    """The penalty that a config describes, for the neurons of a network at its start.
+) -> dict[str, float]:
+    """beta of each layer in absolute units, {layer name: beta}, for the neurons of a network at its start.
 
     learning_rate: step -> learning rate; it gives t, and so what "dies after E epochs" means.
     """
     names = [layer.name for layer in neurons]
-    betas, alphas = config.beta.of(names), config.alpha.of(names)
-    if config.unit == "epochs" and config.enabled:
-        reference = config.reference_layer or names[-1]
-        if reference not in names:
-            raise ValueError(f"penalty.reference_layer {reference!r} is no layer with neurons; layers: {', '.join(names)}")
-        betas = {name: 0.0 if epochs == 0 else _beta_of_epochs(
-            epochs, config, neurons, reference, alphas[reference], steps_per_epoch, learning_rate
-        ) for name, epochs in betas.items()}
+    betas = config.beta.of(names)
+    if config.unit == "absolute" or not config.enabled:
+        return betas
+    reference = config.reference_layer or names[-1]
+    if reference not in names:
+        raise ValueError(f"penalty.reference_layer {reference!r} is no layer with neurons; layers: {', '.join(names)}")
+    alpha = config.alpha.of(names)[reference]
+    return {
+        name: 0.0 if epochs == 0 else _beta_of_epochs(
+            epochs, config, neurons, reference, alpha, steps_per_epoch, learning_rate
+        )
+        for name, epochs in betas.items()
+    }  # fmt: skip
+
+
+def make_penalty(
+    config: PenaltyConfig, neurons: Neurons, *, betas: Mapping[str, float], steps_per_epoch: int
+) -> SparseGroupLasso:
+    """The penalty that a config describes over time, with the `betas` that `starting_betas` gave."""
+    alphas = config.alpha.of([layer.name for layer in neurons])
 
     def beta(layer: str, step: int) -> float:
         return betas.get(layer, 0.0) * config.beta_schedule.factor(step / steps_per_epoch)

@@ -3,7 +3,7 @@
 FFCV's own writer waits for ever when a worker dies, and its own loader when its thread raises. This module is the only
 one that imports ffcv when it is loaded, so import it inside functions.
 """
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 
 import contextlib
 import ctypes

@@ -39,9 +39,7 @@ def below(bound: int, indices: NDArray[np.int64], *, seed: int, epoch: int, draw
 def shift(images: NDArray[np.uint8], indices: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.uint8]:
     """Each image moved by up to `MAX_SHIFT` pixels each way, its border repeated into the gap."""
     height, width = images.shape[2:]
-    down, right = (
-        below(2 * MAX_SHIFT + 1, indices, seed=seed, epoch=epoch, draw=draw) - MAX_SHIFT for draw in (0, 1)
-    )
+    down, right = (below(2 * MAX_SHIFT + 1, indices, seed=seed, epoch=epoch, draw=draw) - MAX_SHIFT for draw in (0, 1))
     rows = np.clip(np.arange(height) - down[:, None], 0, height - 1)
     columns = np.clip(np.arange(width) - right[:, None], 0, width - 1)
     batch = np.arange(len(images))

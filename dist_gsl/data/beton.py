@@ -144,9 +144,7 @@ def dataset_info(directory: str | Path) -> DatasetInfo:
     except FileNotFoundError:
         raise DataError(f"{path} is missing: write it with `dist-gsl data write SOURCE {directory}`") from None
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(
-            f"{path} is not a description of a data set ({error}): write the data set again"
-        ) from error
+        raise DataError(f"{path} is not a description of a data set ({error}): write the data set again") from error
 
 
 def write(
@@ -455,9 +453,7 @@ def _survey(
     variance = np.maximum(squares / num_pixels / 255**2 - mean**2, 0.0)
     # A channel that never changes would be divided by zero.
     std = np.where(variance > 0, np.sqrt(variance), 1.0)
-    return _Survey(
-        mean=tuple(mean.tolist()), std=tuple(std.tolist()), largest_bytes=largest, sizes=frozenset(sizes)
-    )
+    return _Survey(mean=tuple(mean.tolist()), std=tuple(std.tolist()), largest_bytes=largest, sizes=frozenset(sizes))
 
 
 _Measured = tuple[tuple[int, int], NDArray[np.float64], NDArray[np.float64]]

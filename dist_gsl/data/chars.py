@@ -60,23 +60,23 @@ class Difficulty:
     """Space added between characters, in em."""
     weight_probability: float = 0.35
     """Chance that strokes are thickened or thinned."""
-    contrast: tuple[float, float] = (35.0, 190.0)
+    contrast: tuple[float, float] = (40.0, 200.0)
     """Difference of level between character and background."""
     gradient: float = 0.6
     """Largest change of background across the image, as a share of the contrast."""
-    texture: float = 0.35
+    texture: float = 0.3
     """Largest standard deviation of the background's smooth texture, as a share of the contrast."""
     shadow_probability: float = 0.2
     """Chance of a drop shadow."""
-    streak_probability: float = 0.15
+    streak_probability: float = 0.12
     """Chance of a straight streak (a scratch, an edge of the sign) across the crop."""
-    blur: tuple[float, float] = (0.0, 1.3)
+    blur: tuple[float, float] = (0.0, 1.1)
     """Standard deviation of the Gaussian blur."""
     low_resolution_probability: float = 0.5
     """Chance that the crop was smaller and enlarged to the image side."""
-    low_resolution: tuple[float, float] = (1.0, 2.5)
+    low_resolution: tuple[float, float] = (1.0, 2.3)
     """Factor by which such a crop was enlarged."""
-    noise: tuple[float, float] = (0.0, 12.0)
+    noise: tuple[float, float] = (0.0, 10.0)
     """Standard deviation of the sensor noise."""
     jpeg_probability: float = 0.35
     """Chance of JPEG compression."""
@@ -195,9 +195,7 @@ def render(
     return Characters(images, labels)
 
 
-def render_split(
-    name: str, *, seed: int, count: int | None = None, difficulty: Difficulty = DIFFICULTY
-) -> Characters:
+def render_split(name: str, *, seed: int, count: int | None = None, difficulty: Difficulty = DIFFICULTY) -> Characters:
     """Render the first `count` images (default: all) of the split `name`, one of `SPLITS`."""
     if name not in SPLITS:
         raise ValueError(f"unknown split {name!r}: choose one of {', '.join(SPLITS)}")

@@ -1,0 +1,101 @@
+"""One process's part of a training: its loaders, its state, the loop. Needs a process group, knows nothing of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_gsl import data
+from dist_gsl.config import RunConfig
+from dist_gsl.neurons import Neurons
+from dist_gsl.penalty import row_norms
+from dist_gsl.training import loop
+from dist_gsl.training.loop import Progress
+from dist_gsl.training.state import RunState, build
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the data says about the network's ends."""
+
+    channels: int
+    size: int
+    num_outputs: int
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+
+def shapes_of(config: RunConfig, info: data.DatasetInfo) -> Shapes:
+    """`ValueError` where loss and data do not fit each other."""
+    regression = info.num_targets > 0
+    if regression != (config.train.loss == "square"):
+        need = "square" if regression else "cross-entropy"
+        raise ValueError(f"train.loss is {config.train.loss!r}, but data {info.source!r} has "
+                         f"{'numbers' if regression else 'classes'} as targets: use --train.loss {need}")
+    size = config.data.size or info.size or data.DEFAULT_SIZE
+    return Shapes(info.channels, size, info.num_targets if regression else len(info.classes))
+
+
+def network_arguments(config: RunConfig, shapes: Shapes) -> dict[str, Any]:
+    """Keyword arguments of `create_model`."""
+    network = config.network
+    return {
+        "name": network.name, "num_classes": shapes.num_outputs, "in_channels": shapes.channels, "width": network.width,
+        "batch_norm": network.batch_norm, "image_size": shapes.size, "pretrained": network.pretrained,
+    }  # fmt: skip
+
+
+def make_loader(
+    config: RunConfig, split: str, directory: Path, *, device: torch.device | str = "cpu", train: bool = False,
+    batch_size: int | None = None, rank: int = 0, world_size: int = 1,
+) -> data.Loader:
+    return data.Loader(
+        directory / f"{split}.beton", batch_size=batch_size or config.train.batch_size, train=train, rank=rank,
+        world_size=world_size, seed=config.train.seed, size=config.data.size, augment=config.data.augment,
+        num_threads=config.data.num_threads, device=device, channels_last=config.train.channels_last,
+    )  # fmt: skip
+
+
+def run(
+    config: RunConfig,
+    *,
+    data_dir: Path,
+    device: torch.device,
+    state: Mapping[str, Any] | None,
+    on_epoch: Callable[[RunState, dict[str, Any]], None],
+    on_start: Callable[[RunState], None] = lambda state: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    mlflow_run_id: str | None = None,
+) -> RunState:
+    """Trains this process's share of a run to its end, from `state` (a checkpoint) or from the start."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    shapes = shapes_of(config, data.dataset_info(data_dir))
+    training_data = make_loader(config, "train", data_dir, device=device, train=True, rank=rank, world_size=world_size)
+    validation_data = make_loader(
+        config, "val", data_dir, device=device, batch_size=max(config.train.batch_size, 256), rank=rank, world_size=world_size
+    )
+    run_state = build(
+        network_arguments(config, shapes), image_shape=shapes.image, train=config.train, penalty=config.penalty,
+        steps_per_epoch=len(training_data), device=device, state=state,
+    )  # fmt: skip
+    run_state.mlflow_run_id = run_state.mlflow_run_id or mlflow_run_id
+    on_start(run_state)
+    loop.train(
+        run_state, config=config.train, penalty=config.penalty, training_data=training_data,
+        validation_data=validation_data, on_epoch=on_epoch, on_progress=on_progress,
+    )  # fmt: skip
+    return run_state
+
+
+def neuron_norms(neurons: Neurons) -> dict[str, Tensor]:
+    """Each neuron's norm, {layer name: float32 (num_neurons,)} on the CPU."""
+    with torch.no_grad():
+        return {layer.name: row_norms(neurons.parts(layer)).float().cpu() for layer in neurons}

@@ -1,0 +1,61 @@
+"""What a Ray Train worker runs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+
+from dist_gsl.config import RunConfig
+from dist_gsl.training import checkpoint, session
+from dist_gsl.training.loop import Progress
+from dist_gsl.training.state import RunState
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Trains, reports every epoch with a checkpoint, and goes on from Ray Train's last checkpoint if there is one.
+
+    job: "config" (RunConfig as dict), "data_dir", "mlflow_run_id", and "events", a queue to the driver that gets
+    ("progress", Progress), ("epoch", record, norms, masks) from rank 0.
+    """
+    config = RunConfig.from_dict(job["config"])
+    context = ray.train.get_context()
+    is_first = context.get_world_rank() == 0
+    events = job["events"]
+    previous = ray.train.get_checkpoint()
+    state = None
+    if previous is not None:
+        with previous.as_directory() as directory:
+            state = checkpoint.load(directory)
+
+    def on_progress(progress: Progress) -> None:
+        events.put_nowait(("progress", progress))
+
+    def on_epoch(run_state: RunState, record: dict[str, Any]) -> None:
+        # A barrier over all workers: once an epoch, never in a step.
+        score = record["val_top1"] if "val_top1" in record else -record["val_rmse"]
+        metrics = {"epoch": record["epoch"], "score": score}
+        if not is_first:
+            ray.train.report(metrics)
+            return
+        layers = {
+            layer.name: (norms, layer.mask.clone())
+            for (layer, norms) in zip(run_state.neurons, session.neuron_norms(run_state.neurons).values(), strict=True)
+        }
+        with tempfile.TemporaryDirectory() as directory:
+            checkpoint.save(run_state.state_dict(), directory)
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(directory),
+                checkpoint_dir_name=f"epoch-{record['epoch']:04d}",
+            )
+        events.put_nowait(("epoch", record, {name: norms.numpy() for name, (norms, _) in layers.items()},
+                           {name: mask.numpy() for name, (_, mask) in layers.items()}))
+
+    session.run(
+        config, data_dir=Path(job["data_dir"]), device=ray.train.torch.get_device(), state=state, on_epoch=on_epoch,
+        on_progress=on_progress, mlflow_run_id=job["mlflow_run_id"],
+    )  # fmt: skip

@@ -1,0 +1,271 @@
+"""The loader: exact pixels, the same batches for any world size, batches that stay, threads that end."""
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_gsl import data
+from dist_gsl.data import Augment, Loader
+from dist_gsl.data.sources import open_source
+
+from .conftest import COUNTS
+
+
+def pixels(loader: Loader, batch: data.Batch) -> np.ndarray:
+    """The grey levels that a batch was made from."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (loader.info.mean, loader.info.std))
+    levels = (batch.images.double() * std + mean) * 255
+    rounded = levels.round()
+    assert (levels - rounded).abs().max() < 0.01
+    return rounded.to(torch.uint8).numpy()
+
+
+def test_grey_images_come_back_exactly(chars_dir: Path) -> None:
+    loader = Loader(chars_dir / "val.beton", batch_size=16, train=False)
+    samples = open_source("chars", seed=3, counts=COUNTS).splits["val"]
+    position = 0
+    assert len(loader) == 4
+    for batch in loader:
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous()
+        assert batch.targets.dtype == batch.indices.dtype == torch.int64
+        assert batch.indices.tolist() == list(range(position, position + len(batch.indices)))
+        for image, target in zip(pixels(loader, batch), batch.targets.tolist(), strict=True):
+            np.testing.assert_array_equal(image[0], samples[position].image)
+            assert target == samples[position].target
+            position += 1
+    assert position == COUNTS["val"]
+
+
+def test_training_images_have_mean_0_and_deviation_1(chars_dir: Path) -> None:
+    images = torch.cat([batch.images for batch in Loader(chars_dir / "train.beton", batch_size=64, train=False)])
+    assert abs(float(images.mean())) < 1e-5
+    assert abs(float(images.std(correction=0)) - 1) < 1e-5
+
+
+def test_regression_targets_come_back(tmp_path: Path) -> None:
+    counts = {"train": 40, "val": 10, "test": 10}
+    data.write("rotated-digits", tmp_path, counts=counts, seed=2)
+    samples = open_source("rotated-digits", counts=counts, seed=2).splits["train"]
+    for batch in Loader(tmp_path / "train.beton", batch_size=10, train=True):
+        assert batch.targets.dtype == torch.float32
+        assert batch.targets.shape == (10, 1)
+        wanted = np.stack([np.asarray(samples[i].target) for i in batch.indices.tolist()])
+        np.testing.assert_array_equal(batch.targets.numpy(), wanted)
+    assert data.dataset_info(tmp_path).num_outputs == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("augment", [Augment.NONE, Augment.SHIFT])
+def test_any_world_size_trains_on_the_same_batches(chars_dir: Path, world_size: int, augment: Augment) -> None:
+    def loader(rank: int, world_size: int, num_threads: int) -> Loader:
+        made = Loader(
+            chars_dir / "train.beton",
+            batch_size=40,
+            train=True,
+            rank=rank,
+            world_size=world_size,
+            seed=11,
+            augment=augment,
+            num_threads=num_threads,
+        )
+        made.set_epoch(3)
+        return made
+
+    alone = list(loader(0, 1, 1))
+    ranks = [list(loader(rank, world_size, 2)) for rank in range(world_size)]
+    assert [len(batches) for batches in ranks] == [5] * world_size
+    for step, whole in enumerate(alone):
+        parts = [batches[step] for batches in ranks]
+        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+        assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_visits_every_sample_once(chars_dir: Path, world_size: int) -> None:
+    visited = []
+    for rank in range(world_size):
+        loader = Loader(chars_dir / "val.beton", batch_size=20, train=False, rank=rank, world_size=world_size)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        visited += [index for batch in batches for index in batch.indices.tolist()]
+    assert sorted(visited) == list(range(COUNTS["val"]))
+
+
+def test_starting_inside_an_epoch_gives_its_tail(chars_dir: Path) -> None:
+    loader = Loader(chars_dir / "train.beton", batch_size=32, train=True, seed=1, augment=Augment.SHIFT)
+    loader.set_epoch(2)
+    whole = list(loader)
+    loader.set_epoch(2, start_step=4)
+    tail = list(loader)
+    assert len(whole) == len(loader) == 6
+    assert len(tail) == 2
+    for got, wanted in zip(tail, whole[4:], strict=True):
+        assert torch.equal(got.images, wanted.images)
+        assert torch.equal(got.indices, wanted.indices)
+    loader.set_epoch(2, start_step=6)
+    assert list(loader) == []
+
+
+def test_epochs_and_seeds_differ(chars_dir: Path) -> None:
+    def first(seed: int, epoch: int) -> list[int]:
+        loader = Loader(chars_dir / "train.beton", batch_size=32, train=True, seed=seed)
+        loader.set_epoch(epoch)
+        return next(iter(loader)).indices.tolist()
+
+    assert first(0, 0) == first(0, 0)
+    assert len({tuple(first(*key)) for key in ((0, 0), (0, 1), (1, 0))}) == 3
+
+
+def test_kept_batches_stay_as_they_were(chars_dir: Path) -> None:
+    loader = Loader(chars_dir / "train.beton", batch_size=8, train=False)
+    kept, copies = [], []
+    for batch in loader:
+        kept.append(batch)
+        copies.append((batch.images.clone(), batch.targets.clone(), batch.indices.clone()))
+    assert len(kept) == 26  # many times the ring of buffers
+    for batch, (images, targets, indices) in zip(kept, copies, strict=True):
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.targets, targets)
+        assert torch.equal(batch.indices, indices)
+
+
+def test_no_thread_outlives_an_early_break(chars_dir: Path) -> None:
+    loader = Loader(chars_dir / "train.beton", batch_size=8, train=True)
+    before = set(threading.enumerate())
+    for _ in range(3):
+        batches = iter(loader)
+        next(batches)
+        assert len(set(threading.enumerate()) - before) == 1
+        batches.close()  # type: ignore[attr-defined]
+        assert set(threading.enumerate()) == before
+
+    def stumble() -> None:
+        for _ in loader:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stumble()
+    assert set(threading.enumerate()) == before
+
+
+def test_error_in_the_reading_thread_surfaces(chars_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dist_gsl.data import _ffcv
+
+    loader = Loader(chars_dir / "train.beton", batch_size=8, train=True)
+
+    def failing(self: Any, number: int, *args: Any) -> Any:
+        if number == 2:
+            raise OSError("the disk went away")
+        return original(self, number, *args)
+
+    original = _ffcv.EpochIterator.run_pipeline
+    monkeypatch.setattr(_ffcv.EpochIterator, "run_pipeline", failing)
+    with pytest.raises(RuntimeError, match="the disk went away"):
+        list(loader)
+
+
+def test_torch_keeps_its_threads(chars_dir: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in Loader(chars_dir / "train.beton", batch_size=50, train=True, num_threads=2):
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_colour_evaluation_is_the_centre(colour_dir: Path) -> None:
+    loader = Loader(colour_dir / "val.beton", batch_size=5, train=False, size=32)
+    batches = list(loader)
+    assert [len(batch.targets) for batch in batches] == [5, 5, 2]
+    images = torch.cat([batch.images for batch in batches])
+    assert images.shape == (12, 3, 32, 32)
+    mean, std = torch.tensor(loader.info.mean).view(3, 1, 1), torch.tensor(loader.info.std).view(3, 1, 1)
+    levels = (images * std + mean) * 255
+    # Every image is a ramp from 0 to 200 along its width, plus 20 in green: its centre is at 120.
+    assert (levels[:, 1, :, 15:17].mean(dim=(1, 2)) - 120).abs().max() < 6
+    assert (levels[:, 1].diff(dim=2).mean(dim=(1, 2)) > 0).all()
+
+
+def test_colour_training_crops_do_not_depend_on_rank_or_threads(colour_dir: Path) -> None:
+    def loader(rank: int, world_size: int, num_threads: int) -> Loader:
+        return Loader(
+            colour_dir / "train.beton",
+            batch_size=8,
+            train=True,
+            rank=rank,
+            world_size=world_size,
+            size=28,
+            augment=Augment.CROP_FLIP,
+            num_threads=num_threads,
+            channels_last=True,
+        )
+
+    alone = list(loader(0, 1, 2))
+    ranks = [list(loader(rank, 2, 1)) for rank in range(2)]
+    assert alone[0].images.shape == (8, 3, 28, 28)
+    assert alone[0].images.is_contiguous(memory_format=torch.channels_last)
+    for step, whole in enumerate(alone):
+        assert torch.equal(torch.cat([batches[step].images for batches in ranks]), whole.images)
+    slopes = torch.cat([batch.images for batch in alone]).diff(dim=3).mean(dim=(1, 2, 3))
+    assert 4 <= int((slopes < 0).sum()) <= 20  # of 24, mirrored ones run the other way
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, "rank must be"),
+        ({"batch_size": 2, "world_size": 3}, "over all processes"),
+        ({"batch_size": 1_000}, "larger than the 203 samples"),
+        ({"seed": -1}, "seed"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"size": 64}, "stored at 32"),
+        ({"augment": Augment.CROP_FLIP}, "for colour"),
+    ],
+)
+def test_bad_arguments_are_refused(chars_dir: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Loader(chars_dir / "train.beton", **{"batch_size": 10, "train": True, **arguments})
+
+
+def test_bad_epoch_is_refused(chars_dir: Path) -> None:
+    loader = Loader(chars_dir / "train.beton", batch_size=100, train=True)
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        loader.set_epoch(0, start_step=3)
+
+
+def test_shift_is_refused_for_colour(colour_dir: Path) -> None:
+    with pytest.raises(ValueError, match="for grey"):
+        Loader(colour_dir / "train.beton", batch_size=2, train=True, augment=Augment.SHIFT)
+
+
+def test_beton_without_description_is_refused(chars_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(chars_dir / "val.beton", tmp_path)
+    with pytest.raises(data.DataError, match=r"dataset\.json is missing"):
+        Loader(tmp_path / "val.beton", batch_size=4, train=False)
+
+
+def test_description_of_other_fields_is_refused(chars_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(chars_dir, directory)
+    text = (directory / "dataset.json").read_text()
+    (directory / "dataset.json").write_text(text.replace('"num_targets": 0', '"num_targets": 2'))
+    with pytest.raises(data.DataError, match="field 'target'"):
+        Loader(directory / "val.beton", batch_size=4, train=False)
+
+
+def test_truncated_file_is_refused_before_reading(chars_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(chars_dir, directory)
+    path = directory / "train.beton"
+    path.write_bytes(path.read_bytes()[:-1_000])
+    with pytest.raises(data.DataError, match="cut short"):
+        Loader(path, batch_size=4, train=True)
