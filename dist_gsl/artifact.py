@@ -272,7 +272,7 @@ def _folder(path: str | Path) -> Path:
 
 @contextmanager
 def _replaced(directory: Path) -> Iterator[Path]:
-    """A new empty folder that takes the place of `directory` at the end of the block, and vanishes where that raises."""
+    """A new empty folder: at the end of the block it takes the place of `directory`; it vanishes where that raises."""
     new, old = (directory.parent / f".{directory.name}.{suffix}" for suffix in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir(parents=True)
@@ -336,7 +336,8 @@ def _save_program(model: nn.Module, file: Path, *, example: Tensor) -> None:
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises types of its own for what it cannot follow
-        _log.warning("%s is left out: torch.export cannot follow %s (%s)", file.name, type(model).__name__, _line(error))
+        network = type(model).__name__
+        _log.warning("%s is left out: torch.export cannot follow %s (%s)", file.name, network, _line(error))
         return
     torch.export.save(program, file)
 

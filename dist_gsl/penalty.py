@@ -26,11 +26,11 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
 
 
 def shrink_factors(norms: Tensor, threshold: float) -> Tensor:
-    """max(0, 1 - threshold / norm), and 1 where both are zero (so that a zero row stays what it is): (N,) -> (N,).
+    """max(0, 1 - threshold / norm), and 0 where the norm is 0: (N,) -> (N,).
 
-    The factor is exactly 0 as soon as norm <= threshold, which is what makes neurons vanish exactly.
+    Exactly 0 as soon as norm <= threshold, which is what makes neurons vanish exactly: hence the difference first.
     """
-    return (1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min_(0)
+    return (norms - threshold).clamp_min_(0) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def row_norms(parts: Sequence[Tensor]) -> Tensor:
@@ -109,8 +109,6 @@ class SparseGroupLasso:
             return Prox(dead=None, kept_by_force=False, beta=beta)
         shrunk = [soft_threshold(part, t * alpha * beta) for part in parts] if alpha > 0 else list(parts)
         factors = shrink_factors(row_norms(shrunk), t * (1 - alpha) * beta * math.sqrt(group_size))
-        if alpha > 0:  # at alpha = 1 the factor is 1 also where the soft threshold alone has emptied the row
-            factors = factors * (row_norms(shrunk) > 0)
         protected = None
         if min_alive and int((factors > 0).sum()) < min_alive:
             # The strongest go through this step unshrunk; the rest die.
@@ -121,8 +119,8 @@ class SparseGroupLasso:
             if protected is not None:
                 part[protected] = saved.pop(0)
         dead = factors == 0
-        if protected is not None:
-            dead[protected] = False
+        if protected is not None:  # but a neuron that was zero before stays dead
+            dead[protected] = row_norms(parts)[protected] == 0
         return Prox(dead=dead, kept_by_force=protected is not None, beta=beta)
 
 
@@ -256,13 +254,14 @@ def starting_betas(
     reference = config.reference_layer or names[-1]
     if reference not in names:
         raise ValueError(f"penalty.reference_layer {reference!r} is no layer with neurons; layers: {', '.join(names)}")
-    alpha = config.alpha.of(names)[reference]
-    return {
-        name: 0.0 if epochs == 0 else _beta_of_epochs(
-            epochs, config, neurons, reference, alpha, steps_per_epoch, learning_rate
-        )
-        for name, epochs in betas.items()
-    }  # fmt: skip
+    layer, alpha = neurons[reference], config.alpha.of(names)[reference]
+    rows = torch.cat([part.detach().reshape(layer.num_neurons, -1) for part in neurons.parts(layer)], dim=1).double()
+    median = rows[rows.norm(dim=1).argsort()[len(rows) // 2]][None]
+    beta_of = {0.0: 0.0}
+    for epochs in set(betas.values()) - {0.0}:
+        steps = _proximal_steps(config, alpha, epochs, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate)
+        beta_of[epochs] = _lethal_beta(median, steps, group_size=layer.group_size)
+    return {name: beta_of[epochs] for name, epochs in betas.items()}
 
 
 def make_penalty(
@@ -280,39 +279,43 @@ def make_penalty(
     return SparseGroupLasso(beta=beta, alpha=alpha)
 
 
-def _beta_of_epochs(
-    epochs: float, config: PenaltyConfig, neurons: Neurons, reference: str, alpha: float,
-    steps_per_epoch: int, learning_rate: Callable[[int], float],
-) -> float:
-    """The beta at which the reference layer's neuron of median norm, moved by the proximal operator alone, is zero
-    `epochs` epochs after the schedule's start. Found by bisection over the very steps of the schedule, so that ramps,
-    learning-rate drops and the L1 part count as they will."""
-    layer = neurons[reference]
-    rows = torch.cat([part.detach().reshape(layer.num_neurons, -1) for part in neurons.parts(layer)], dim=1).double()
-    row = rows[rows.norm(dim=1).argsort()[len(rows) // 2]][None].clone()
+def _proximal_steps(
+    config: PenaltyConfig, alpha: float, epochs: float, *, steps_per_epoch: int, learning_rate: Callable[[int], float]
+) -> list[tuple[float, float]]:
+    """(t x factor of beta, alpha) of every proximal step in the first `epochs` epochs of the schedule of beta."""
+    interval = steps_per_epoch if config.every == "epoch" else 1 if config.every == "step" else int(config.every)
     first = round(config.beta_schedule.start * steps_per_epoch)
-    steps = range(first, first + max(1, round(epochs * steps_per_epoch)))
-    weights = [(learning_rate(s) * config.beta_schedule.factor(s / steps_per_epoch),
-                alpha * config.alpha_schedule.factor(s / steps_per_epoch)) for s in steps]
-    weights = [(t, a) for t, a in weights if t > 0]
-    if not weights:
+    found = []
+    for step in range(first, first + max(1, round(epochs * steps_per_epoch))):
+        factor = config.beta_schedule.factor(step / steps_per_epoch)
+        if (step + 1) % interval == 0 and factor > 0:
+            t = math.fsum(learning_rate(s) for s in range(max(0, step + 1 - interval), step + 1))
+            found.append((t * factor, alpha * config.alpha_schedule.factor(step / steps_per_epoch)))
+    if not any(t > 0 for t, _ in found):
         raise ValueError(
-            f"penalty: no step of the first {epochs} epochs after beta_schedule.start has a penalty; move beta_schedule.end"
+            f"penalty: no step of the first {epochs:g} epochs after beta_schedule.start has a penalty; "
+            "move beta_schedule.end, or run the operator more often (penalty.every)"
         )
+    return found
+
+
+def _lethal_beta(row: Tensor, steps: Sequence[tuple[float, float]], *, group_size: int) -> float:
+    """The smallest beta at which the proximal steps (t, alpha) alone take a neuron, (1, P), to zero.
+
+    A step takes from the norm at least t beta ((1 - alpha) sqrt(P) + alpha) and at most t beta sqrt(P); bisection
+    between the two over the very steps, so that ramps, learning-rate drops and the L1 part count as they will.
+    """
+    norm, root = float(row.norm()), math.sqrt(group_size)
 
     def dies(beta: float) -> bool:
         theta = row
-        for t, a in weights:
-            theta = sparse_group_prox(theta, t=t, beta=beta, alpha=a, group_size=layer.group_size)
+        for t, alpha in steps:
+            theta = sparse_group_prox(theta, t=t, beta=beta, alpha=alpha, group_size=group_size)
         return not bool(theta.any())
 
-    if alpha == 0:  # the group part alone takes t beta sqrt(P) off the norm at each step
-        return float(row.norm()) / (math.sqrt(layer.group_size) * math.fsum(t for t, _ in weights))
-    high = float(row.norm()) / math.fsum(t for t, _ in weights) + 1e-12
-    while not dies(high):
-        high *= 2
-    low = 0.0
-    for _ in range(40):
+    low = norm / math.fsum(t * root for t, _ in steps)
+    high = norm / math.fsum(t * ((1 - alpha) * root + alpha) for t, alpha in steps)
+    while high - low > 1e-6 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if dies(middle) else (middle, high)
-    return high
+    return high * (1 + 1e-6)  # or rounding may cost one more step

@@ -6,8 +6,6 @@ Then, when all are done, neurons that reached zero are killed: momentum and read
 Imports torch alone.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import warnings

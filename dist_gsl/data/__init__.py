@@ -3,8 +3,10 @@
 ffcv is imported only by `write`, `check` and `Loader` when they are called.
 """
 
-from dist_gsl.data.beton import BetonInfo, DataError, DatasetInfo, check, dataset_info, write
+from dist_gsl.data.beton import prepare, write
+from dist_gsl.data.checking import check
 from dist_gsl.data.config import Augment, DataConfig
+from dist_gsl.data.info import BetonInfo, DataError, DatasetInfo, SplitInfo, dataset_info
 from dist_gsl.data.loader import Batch, Loader
 from dist_gsl.data.sources import SOURCES, Task
 
@@ -17,8 +19,10 @@ __all__ = [
     "DataError",
     "DatasetInfo",
     "Loader",
+    "SplitInfo",
     "Task",
     "check",
     "dataset_info",
+    "prepare",
     "write",
 ]

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import Process, Queue, Value
@@ -27,8 +28,11 @@ from ffcv.fields.basics import IntDecoder
 from ffcv.fields.ndarray import NDArrayDecoder
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
 from ffcv.loader import Loader as FfcvLoader
+from ffcv.loader import loader as ffcv_loader
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.memory_allocator import MemoryAllocator
+from ffcv.memory_managers import OSCacheManager
+from ffcv.pipeline.graph import Node
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType
 from ffcv.writer import DatasetWriter, handle_sample, worker_job_indexed_dataset
@@ -52,7 +56,7 @@ __all__ = [
 ]
 
 _POLL_SECONDS: Final = 0.05
-_CHUNK: Final = 100  # samples handed to a writer's worker at a time
+_CHUNK: Final = 100  # samples handed to a writer's worker, or between two reports, at most
 _BATCHES_AHEAD: Final = 2
 
 
@@ -104,8 +108,9 @@ class Writer(DatasetWriter):
         allocations: Any = Queue()
         errors: Any = Queue()
         done = Value(ctypes.c_uint64, 0)
-        for first in range(0, self.num_samples, _CHUNK):
-            work.put([(i, i) for i in range(first, min(first + _CHUNK, self.num_samples))])
+        chunk = max(1, min(_CHUNK, self.num_samples // (4 * self.num_workers)))  # so that every worker has some
+        for first in range(0, self.num_samples, chunk):
+            work.put([(i, i) for i in range(first, min(first + chunk, self.num_samples))])
         for _ in range(self.num_workers):
             work.put(None)
         job = (work, self.metadata_sm, self.metadata_type, self.fields, allocator, done, allocations, dataset)
@@ -160,6 +165,46 @@ def _raise_if_dead(processes: Sequence[Process], errors: Any) -> None:
             raise RuntimeError(f"a process that wrote the data set ended early: {message}")
 
 
+_CodeKey = tuple[float | None, bool, bool]
+_compiled: dict[_CodeKey, Any] = {}
+_compiling = threading.Lock()
+
+
+class _CacheManager(OSCacheManager):
+    """FFCV's memory map, whose reading function depends on nothing of the file: compiled once a process."""
+
+    _read: Any = None
+
+    def compile_reader(self) -> Any:
+        if _CacheManager._read is None:
+            _CacheManager._read = super().compile_reader()
+        return _CacheManager._read
+
+
+ffcv_loader.OSCacheManager = _CacheManager
+
+
+class _Loader(FfcvLoader):
+    """FFCV's loader, compiled once a process for all files that are decoded in the same way.
+
+    Compiling takes seconds, and numba fails now and then when compiled code is collected.
+    """
+
+    def __init__(self, path: str, *, code_key: _CodeKey, **options: Any) -> None:
+        self._code_key = code_key
+        self.code: Any = None
+        with _compiling:
+            # Compiled code names its arguments by the numbers of the graph's nodes: count from 0 in every graph.
+            Node.last_node_id = 0
+            super().__init__(path, **options)
+
+    def generate_code(self) -> None:
+        if self._code_key not in _compiled:
+            super().generate_code()
+            _compiled[self._code_key] = self.code
+        self.code = _compiled[self._code_key]
+
+
 class _Epoch(EpochIterator):
     """FFCV's reading thread; what it raises is kept and raised where the batches are consumed."""
 
@@ -209,11 +254,13 @@ class BatchReader:
         )
         target = NDArrayDecoder() if target_is_array else IntDecoder()
         torch_threads = torch.get_num_threads()
+        num_threads = min(num_threads, len(os.sched_getaffinity(0)))
         try:
-            self._loader = FfcvLoader(
+            self._loader = _Loader(
                 path,
+                code_key=(None if image_size is None else image_share, target_is_array, num_threads > 1),
                 batch_size=batch_size,
-                num_workers=min(num_threads, len(os.sched_getaffinity(0))),
+                num_workers=num_threads,
                 os_cache=True,
                 seed=0,
                 pipelines={"image": [image], "target": [target], "index": [IntDecoder()]},

@@ -1,4 +1,4 @@
-"""Writing a source as FFCV files (betons), with a description beside them, and checking such files.
+"""Writing a source as FFCV files (betons), with a description beside them.
 
 A folder holds ``train.beton``, ``val.beton``, perhaps ``test.beton`` and ``test_fonts.beton``, and ``dataset.json``.
 Every sample has three fields:
@@ -9,13 +9,11 @@ Every sample has three fields:
 """
 
 import contextlib
-import hashlib
-import json
-import math
+import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,128 +21,18 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_gsl.data.checking import check, read_layout, sha256_of
+from dist_gsl.data.config import DataConfig
+from dist_gsl.data.info import DESCRIPTION, FORMAT_VERSION, DataError, DatasetInfo, SplitInfo, dataset_info
 from dist_gsl.data.sources import ImageKind, Samples, Source, Task, open_source
-
-DESCRIPTION: Final = "dataset.json"
-FORMAT_VERSION: Final = 1
 
 _SMALLEST_PAGE: Final = 1 << 21
 _LARGEST_PAGE: Final = 1 << 31
 _SMALLEST_SIDE: Final = 8  # pixels; the decoder needs some to crop from
 _LARGEST_SIDE: Final = 65_535  # FFCV stores sides as 16-bit numbers
-_HASH_BYTES: Final = 1 << 22
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, samples done, samples in total)."""
-
-
-class DataError(ValueError):
-    """A data file is missing, foreign, damaged, or not what its description says. One line: what, and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BetonInfo:
-    """What a beton holds, by its own header."""
-
-    path: Path
-    num_samples: int
-    fields: dict[str, str]
-    """Name of each field and its FFCV type, such as ``RGBImageField``, in the file's order."""
-    channels: int
-    """Channels of the field ``image``; 0 where there is no such field."""
-    height: int
-    """Largest height of an image, in pixels."""
-    width: int
-    """Largest width of an image, in pixels."""
-    target_size: int
-    """Number of real numbers in a target; 0 where the target is a class."""
-    num_bytes: int
-    sha256: str | None
-    """Hash of the file, where it was computed (``full=True``)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitInfo:
-    """One file of a data set."""
-
-    file: str
-    num_samples: int
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """The description of a data set, kept as ``dataset.json`` beside its betons."""
-
-    version: int
-    source: str
-    seed: int
-    task: Task
-    classes: tuple[str, ...]
-    """Class names by label; empty for regression."""
-    num_targets: int
-    """Number of real numbers in a target; 0 for classification."""
-    channels: int
-    size: int | None
-    """Side of the images where all are squares of one size, else None."""
-    mean: tuple[float, ...]
-    """Mean of each channel over train, levels in 0..1."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel over the pixels of train, levels in 0..1."""
-    splits: dict[str, SplitInfo]
-    settings: dict[str, Any] = field(repr=False)
-    """All that the files follow from; equal settings mean equal samples."""
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of a network for this data: one a class, or one a number of the target."""
-        return len(self.classes) if self.task is Task.CLASSIFICATION else self.num_targets
-
-    def to_json(self) -> str:
-        content = {
-            "version": self.version,
-            "source": self.source,
-            "seed": self.seed,
-            "task": self.task.value,
-            "classes": self.classes,
-            "num_targets": self.num_targets,
-            "channels": self.channels,
-            "size": self.size,
-            "mean": self.mean,
-            "std": self.std,
-            "splits": {name: vars(split) for name, split in self.splits.items()},
-            "settings": self.settings,
-        }
-        return json.dumps(content, indent=2) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> "DatasetInfo":
-        """Raises KeyError, TypeError or ValueError where `text` is not such a description."""
-        content = json.loads(text)
-        if content["version"] != FORMAT_VERSION:
-            raise ValueError(f"version {content['version']} instead of {FORMAT_VERSION}")
-        return DatasetInfo(
-            **{
-                **content,
-                "task": Task(content["task"]),
-                "classes": tuple(content["classes"]),
-                "mean": tuple(content["mean"]),
-                "std": tuple(content["std"]),
-                "splits": {name: SplitInfo(**split) for name, split in content["splits"].items()},
-            }
-        )
-
-
-def dataset_info(directory: str | Path) -> DatasetInfo:
-    """Read ``dataset.json`` of a folder that `write` made. Raises DataError where it is missing or not readable."""
-    path = Path(directory) / DESCRIPTION
-    try:
-        return DatasetInfo.from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: write it with `dist-gsl data write SOURCE {directory}`") from None
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{path} is not a description of a data set ({error}): write the data set again") from error
 
 
 def write(
@@ -202,188 +90,106 @@ def write(
         settings |= {"max_side": max_side, "jpeg_quality": jpeg_quality, "jpeg_share": jpeg_share}
 
     directory = Path(out_dir)
+    paths = {name: directory / f"{name}.beton" for name in opened.splits}
     if _is_current(directory, settings):
-        return {name: directory / f"{name}.beton" for name in opened.splits}
-    report = progress if progress is not None else _no_progress
-    surveys = {
-        name: _survey(samples, opened, max_side=max_side, num_threads=num_workers, progress=report, name=name)
-        for name, samples in opened.splits.items()
-    }
-
+        return paths
     made_directory = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = {name: directory / f".{name}.beton.{os.getpid()}.part" for name in opened.splits}
+    encoding = _Encoding(max_side=max_side, jpeg_quality=jpeg_quality, jpeg_share=jpeg_share, seed=seed)
+    report = progress if progress is not None else _no_progress
     try:
-        splits = {}
-        for name, samples in opened.splits.items():
-            encoding = _Encoding(max_side=max_side, jpeg_quality=jpeg_quality, jpeg_share=jpeg_share, seed=seed)
-            _write_beton(
-                temporary[name],
-                samples,
-                opened,
-                encoding=encoding,
-                survey=surveys[name],
-                num_workers=num_workers,
-                progress=partial(report, f"writing {name}"),
-            )
-            num_bytes = temporary[name].stat().st_size
-            assert _read_layout(temporary[name], num_bytes).num_samples == len(samples)
-            splits[name] = SplitInfo(
-                file=f"{name}.beton",
-                num_samples=len(samples),
-                num_bytes=num_bytes,
-                sha256=_sha256(temporary[name]),
-            )
-        train = surveys["train"]
-        description = DatasetInfo(
-            version=FORMAT_VERSION,
-            source=source,
-            seed=seed,
-            task=opened.task,
-            classes=opened.classes,
-            num_targets=opened.num_targets,
-            channels=opened.kind.channels,
-            size=_common_size(surveys.values()) if opened.kind is ImageKind.GREY else None,
-            mean=train.mean,
-            std=train.std,
-            splits=splits,
-            settings=settings,
-        )
-        _publish(directory, temporary, description)
+        with _locked(directory):
+            # Whoever held the lock may have written the very same.
+            if not _is_current(directory, settings):
+                _write_splits(directory, opened, settings, encoding=encoding, num_workers=num_workers, progress=report)
     except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
         if made_directory:
             with contextlib.suppress(OSError):  # not empty: someone else writes there
                 directory.rmdir()
         raise
-    return {name: directory / f"{name}.beton" for name in opened.splits}
+    return paths
 
 
-def check(path: str | Path, *, full: bool = False) -> BetonInfo:
-    """Check that a file is a complete beton, and say what it holds.
-
-    The header, the fields, and the table of what is stored where are checked against the size of the file. Where a
-    ``dataset.json`` beside the file lists it, number of samples and size must agree with it, and with ``full=True`` the
-    sha256 of the whole file too.
+def prepare(config: DataConfig, *, progress: Progress | None = None) -> Path:
+    """The folder with the files of `config`, which are written first where `config.dir` leaves that to us.
 
     Raises:
-        DataError: the file is missing, not a beton, of another version, cut short, or not the one described.
+        ValueError: the source cannot be opened or read.
+        DataError: `config.dir` names a folder without a data set.
     """
-    path = Path(path)
+    directory = config.directory()
+    if config.dir is None:
+        write(config.source, directory, seed=config.seed, counts=config.counts(), progress=progress)
+    dataset_info(directory)
+    return directory
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the folder against other processes that write to it, and clear away what a killed one has left."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        num_bytes = path.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: write it with `dist-gsl data write SOURCE {path.parent}`") from None
-    if not path.is_file():
-        raise DataError(f"{path} is not a file: name a .beton file")
-    info = _read_layout(path, num_bytes)
-    described = _described(path)
-    if described is not None and (described.num_samples, described.num_bytes) != (info.num_samples, num_bytes):
-        raise DataError(
-            f"{path} holds {info.num_samples} samples in {num_bytes} bytes, but {DESCRIPTION} beside it says "
-            f"{described.num_samples} in {described.num_bytes}: write the data set again"
+        with contextlib.suppress(OSError):  # some network file systems lock no folder; files still appear whole
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            for path in directory.glob(".*.part"):
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_splits(
+    directory: Path,
+    source: Source,
+    settings: dict[str, Any],
+    *,
+    encoding: "_Encoding",
+    num_workers: int,
+    progress: Progress,
+) -> None:
+    surveys = {
+        name: _survey(
+            samples, source, max_side=encoding.max_side, num_threads=num_workers, progress=progress, name=name
         )
-    if not full:
-        return info
-    digest = _sha256(path)
-    if described is not None and described.sha256 != digest:
-        raise DataError(f"{path} is damaged: its sha256 is not that in {DESCRIPTION}; write the data set again")
-    return BetonInfo(**{**vars(info), "sha256": digest})
-
-
-def _read_layout(path: Path, num_bytes: int) -> BetonInfo:
-    from dist_gsl.data import _ffcv
-
-    def broken(why: str) -> DataError:
-        return DataError(f"{path} {why}: write the data set again")
-
-    header_bytes = _ffcv.HeaderType.itemsize
-    if num_bytes < header_bytes:
-        raise broken(f"is not a beton, it has {num_bytes} bytes")
-    header = np.fromfile(path, dtype=_ffcv.HeaderType, count=1)[0]
-    version, num_fields, page_size = int(header["version"]), int(header["num_fields"]), int(header["page_size"])
-    if version != _ffcv.CURRENT_VERSION:
-        raise broken(f"is not a beton of version {_ffcv.CURRENT_VERSION} (its first bytes say {version})")
-    if num_fields == 0 or page_size < _SMALLEST_PAGE or page_size & (page_size - 1):
-        raise broken("is not a beton, its header makes no sense")
-    num_samples, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
-    fields_end = header_bytes + num_fields * _ffcv.FieldDescType.itemsize
-    if num_bytes < fields_end:
-        raise broken("is cut short")
-    if table_start == 0:
-        raise broken("was never finished")
-    if num_samples == 0:
-        raise broken("holds no sample")
+        for name, samples in source.splits.items()
+    }
+    temporary = {name: directory / f".{name}.beton.{os.getpid()}.part" for name in source.splits}
     try:
-        reader_fields = _read_fields(path, num_fields)
-        row_bytes = np.dtype([("", handler.metadata_type) for handler in reader_fields.values()], align=True).itemsize
-    except (KeyError, TypeError, ValueError, AttributeError, UnicodeDecodeError, IndexError) as error:
-        raise broken("is not a beton, its fields cannot be read") from error
-    stored = [name for name, handler in reader_fields.items() if not isinstance(handler, _ffcv.SCALAR_FIELDS)]
-    table_bytes = num_samples * len(stored) * _ffcv.ALLOC_TABLE_TYPE.itemsize
-    if fields_end + num_samples * row_bytes > table_start or num_bytes < table_start + table_bytes:
-        raise broken(f"is cut short: {num_bytes} bytes instead of {table_start + table_bytes}")
-    if num_bytes > table_start + table_bytes:
-        raise broken(f"has {num_bytes - table_start - table_bytes} bytes too many at its end")
-    table = np.fromfile(path, dtype=_ffcv.ALLOC_TABLE_TYPE, offset=table_start)
-    if table.size and (
-        int(table["sample_id"].max()) >= num_samples
-        or int((table["ptr"] + table["size"]).max()) > table_start
-        or int(table["ptr"].min()) < fields_end
-    ):
-        raise broken("is damaged, its table points outside of it")
-
-    channels = height = width = target_size = 0
-    image = reader_fields.get("image")
-    if isinstance(image, _ffcv.NDArrayField):
-        channels, height, width = (int(n) for n in image.shape) if len(image.shape) == 3 else (0, 0, 0)
-    elif isinstance(image, _ffcv.RGBImageField):
-        rows = _ffcv.Reader(str(path)).metadata[f"f{list(reader_fields).index('image')}"]
-        channels, height, width = 3, int(rows["height"].max()), int(rows["width"].max())
-    target = reader_fields.get("target")
-    if isinstance(target, _ffcv.NDArrayField):
-        target_size = math.prod(int(n) for n in target.shape)
-    return BetonInfo(
-        path=path,
-        num_samples=num_samples,
-        fields={name: type(handler).__name__ for name, handler in reader_fields.items()},
-        channels=channels,
-        height=height,
-        width=width,
-        target_size=target_size,
-        num_bytes=num_bytes,
-        sha256=None,
-    )
-
-
-def _read_fields(path: Path, num_fields: int) -> dict[str, Any]:
-    from dist_gsl.data import _ffcv
-
-    described = np.fromfile(path, dtype=_ffcv.FieldDescType, count=num_fields, offset=_ffcv.HeaderType.itemsize)
-    fields = {}
-    for row in described:
-        handler = _ffcv.TYPE_ID_HANDLER[int(row["type_id"])]
-        if handler is None:
-            raise TypeError("a field of a type that is not FFCV's")
-        fields[row["name"].tobytes().decode("ascii").split("\x00")[0]] = handler.from_binary(row["arguments"])
-    return fields
-
-
-def _described(path: Path) -> SplitInfo | None:
-    """What ``dataset.json`` beside the file says of it, if anything."""
-    if not (path.parent / DESCRIPTION).exists():
-        return None
-    splits = dataset_info(path.parent).splits.values()
-    return next((split for split in splits if split.file == path.name), None)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        splits = {}
+        for name, samples in source.splits.items():
+            path = temporary[name]
+            _write_beton(
+                path,
+                samples,
+                source,
+                encoding=encoding,
+                survey=surveys[name],
+                num_workers=num_workers,
+                progress=partial(progress, f"writing {name}"),
+            )
+            num_bytes = path.stat().st_size
+            assert read_layout(path, num_bytes).num_samples == len(samples)
+            splits[name] = SplitInfo(
+                file=f"{name}.beton", num_samples=len(samples), num_bytes=num_bytes, sha256=sha256_of(path)
+            )
+        description = DatasetInfo(
+            version=FORMAT_VERSION,
+            source=source.spec,
+            seed=encoding.seed,
+            task=source.task,
+            classes=source.classes,
+            num_targets=source.num_targets,
+            channels=source.kind.channels,
+            size=_common_size(surveys.values()) if source.kind is ImageKind.GREY else None,
+            mean=surveys["train"].mean,
+            std=surveys["train"].std,
+            splits=splits,
+            settings=settings,
+        )
+        _publish(directory, temporary, description)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def _is_current(directory: Path, settings: dict[str, Any]) -> bool:

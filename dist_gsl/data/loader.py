@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dist_gsl.data import augment as augmentation
 from dist_gsl.data import order
-from dist_gsl.data.beton import BetonInfo, DataError, check, dataset_info
+from dist_gsl.data.checking import check
 from dist_gsl.data.config import Augment
+from dist_gsl.data.info import BetonInfo, DataError, dataset_info
 
 DEFAULT_SIZE: Final = 224  # pixels, of colour images
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from dist_gsl import data
 from dist_gsl.config import RunConfig
 from dist_gsl.neurons import Neurons
-from dist_gsl.penalty import row_norms
+from dist_gsl.penalty import row_norms, starting_betas
 from dist_gsl.training import loop
 from dist_gsl.training.loop import Progress
-from dist_gsl.training.state import RunState, build
+from dist_gsl.training.state import RunState, build, build_network
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,14 @@ def neuron_norms(neurons: Neurons) -> dict[str, Tensor]:
     """Each neuron's norm, {layer name: float32 (num_neurons,)} on the CPU."""
     with torch.no_grad():
         return {layer.name: row_norms(neurons.parts(layer)).float().cpu() for layer in neurons}
+
+
+def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
+    """The starting network's neurons, and every `ValueError` that building the run would raise, without data."""
+    network = {**network_arguments(config, shapes), "pretrained": False}
+    _, neurons = build_network(network, image_shape=shapes.image)
+    starting_betas(
+        config.penalty, neurons, steps_per_epoch=100, learning_rate=lambda s: config.train.learning_rate_at(s, steps_per_epoch=100)
+    )
+    config.penalty.alpha.of([layer.name for layer in neurons])
+    return neurons

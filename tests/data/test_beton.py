@@ -1,7 +1,12 @@
 """Writing and checking betons: all or nothing, and one clear line for a bad file."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +225,60 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
     assert ("reading train", 150, 150) in calls
     assert ("writing train", 100, 150) in calls
     assert ("writing test", 5, 5) in calls
+
+
+def test_prepare_writes_once_where_no_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = data.DataConfig(source="digits", num_train=20, num_val=10, num_test=5)
+    directory = data.prepare(config)
+    assert directory == config.directory()
+    assert data.dataset_info(directory).splits["train"].num_samples == 20
+    before = (directory / "train.beton").stat().st_mtime_ns
+    assert data.prepare(config) == directory
+    assert (directory / "train.beton").stat().st_mtime_ns == before
+
+
+def test_prepare_does_not_write_to_a_named_folder(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="data write"):
+        data.prepare(data.DataConfig(source="digits", dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".train.beton.123.part").write_bytes(b"half")
+    data.write("digits", tmp_path, counts={"train": 20, "val": 10, "test": 5})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"train.beton", "val.beton", "test.beton", "dataset.json"}
+
+
+def test_interrupted_program_leaves_nothing(image_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C on a real terminal reaches the writer's processes too."""
+    out = tmp_path / "out"
+    code = f"""
+import os, time
+from dist_gsl import data
+from dist_gsl.data import sources
+
+parent, read = os.getpid(), sources.read_rgb
+
+def read_slowly(path):
+    if os.getpid() != parent:
+        print("writing", flush=True)
+        time.sleep(60)
+    return read(path)
+
+sources.read_rgb = read_slowly
+data.write("imagefolder:{image_folder}", {str(out)!r}, num_workers=2)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        for _ in range(2):
+            assert program.stdout.readline() == "writing\n"
+        time.sleep(0.3)  # the program may still be inside fork, where Python drops the signal
+        os.killpg(program.pid, signal.SIGINT)
+        assert program.wait(timeout=30) != 0
+        assert "KeyboardInterrupt" in program.stderr.read()
+    assert not out.exists()

@@ -1,0 +1,40 @@
+# make demo: the main job on this machine. make test: the fast tests. Both set up what they need first.
+PYTHON ?= python3
+BIN := .venv/bin
+SYSTEM_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
+RUNS ?= runs
+DEMO ?= demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help setup demo seeds test test-slow lint types clean
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: .setup-done ## install everything; does nothing twice
+
+.setup-done: pyproject.toml constraints.txt docker/system-packages.sh
+	sh docker/system-packages.sh $(SYSTEM_PACKAGES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch .setup-done
+
+demo: setup ## train Dec3 on rendered characters, with its baseline, and print the table (8 minutes on two cores)
+	$(BIN)/dist-gsl train dec3-chars --name $(DEMO) --runs $(RUNS) --baseline
+
+seeds: setup ## the README's three seeds of the demo and of the digits, on the test split
+	sh benchmarks/seeds.sh $(RUNS)
+
+test: setup ## the fast tests, 15 minutes at most
+	$(BIN)/python -m pytest
+
+test-slow: setup ## whole zoo, every recipe, faults: 40 minutes at most
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## ruff, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: setup ## mypy over library and tests
+	$(BIN)/mypy
+
+clean: ## remove what setup made
+	rm -rf .venv .setup-done

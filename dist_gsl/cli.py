@@ -1,0 +1,292 @@
+"""The command line: parse, call one function, exit code. 0 done; 2 what the user gave is wrong; 1 it failed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from dist_gsl import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `dist-gsl`."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console(soft_wrap=True)
+    try:
+        return _run(arguments, console)
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        _one_line(error)
+        return 2
+    except RuntimeError as error:
+        _one_line(error)
+        return 1
+    except KeyboardInterrupt:
+        print("dist-gsl: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: BaseException) -> None:
+    if os.environ.get("DIST_GSL_TRACEBACK"):
+        raise error
+    print("dist-gsl: error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
+def _run(arguments: list[str], console: Console) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command != "train" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    logging_quiet()
+    commands = {
+        "data": _data, "compact": _compact, "report": _report, "evaluate": _evaluate, "bench": _bench, "ui": _ui,
+    }  # fmt: skip
+    if options.command == "train":
+        return _train(options, rest, arguments, console)
+    return commands[options.command](options, console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message: str) -> None:  # type: ignore[override]
+            self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+    parser = OneLine(
+        prog="dist-gsl", description="Train networks that find their own number of neurons, and keep only those.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dist-gsl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLine)
+
+    data = commands.add_parser("data", help="write and check data files", allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=OneLine)
+    write = actions.add_parser("write", help="write a source's splits as .beton files")
+    write.add_argument("source", help="chars, digits, rotated-digits, or imagefolder:PATH (PATH/train/CLASS/*.jpg, PATH/val/...)")
+    write.add_argument("out_dir", type=Path)
+    write.add_argument("--seed", type=int, default=0, help="seed of rendered and drawn sources (%(default)s)")
+    write.add_argument("--max-side", type=int, default=400, help="longest side of stored colour images in pixels (%(default)s)")
+    write.add_argument("--jpeg-quality", type=int, default=90, help="1 to 100 (%(default)s)")
+    check = actions.add_parser("check", help="is this file whole and readable?")
+    check.add_argument("file", type=Path)
+
+    train = commands.add_parser(
+        "train", help="train a recipe, remove the dead neurons, report", allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_recipe_list(),
+        description="Trains a recipe, or a run's config.yaml, on distributed workers; removes the neurons that died, proves\n"
+        "that the function is the same, and reports. Every field of the config can be changed: --train.epochs 20\n"
+        "(`dist-gsl train RECIPE --help` lists them).",
+    )  # fmt: skip
+    train.add_argument("recipe", nargs="?", help="one of the recipes below, or a config.yaml")
+    train.add_argument("-h", "--help", action="store_true", help="this text; with RECIPE, its fields and their values")
+    train.add_argument("--name", help="the run's name (RECIPE-DATE-TIME)")
+    train.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
+    train.add_argument("--resume", action="store_true", help="go on with the run of this --name from its last checkpoint")
+    train.add_argument("--baseline", action="store_true", help="train the same without penalty first, and report the gap to it")
+    train.add_argument("--baseline-run", metavar="NAME", help="report the gap to an earlier run instead")
+    train.add_argument("--dry-run", action="store_true", help="check config, shapes and cluster, without data, and stop")
+    train.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
+
+    compact = commands.add_parser("compact", help="remove a run's dead neurons and write RUN_DIR/compact/")
+    compact.add_argument("run_dir", type=Path)
+    report = commands.add_parser("report", help="the table, report.json and plots of runs")
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    report.add_argument("--final", action="store_true", help="read the test split, once you have chosen; else validation")
+    evaluate = commands.add_parser("evaluate", help="classify your own images with a run's compact network")
+    evaluate.add_argument("run_dir", type=Path)
+    evaluate.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    bench = commands.add_parser("bench", help="run time and memory, full against compact")
+    bench.add_argument("run_dir", type=Path)
+    ui = commands.add_parser("ui", help="open the MLflow UI on the store in use")
+    ui.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
+    ui.add_argument("--port", type=int, default=5000, help="(%(default)s)")
+    return parser
+
+
+def _recipe_list() -> str:
+    from dist_gsl.recipes import RECIPES
+
+    width = max(len(name) for name in RECIPES)
+    return "recipes:\n" + "\n".join(f"  {name:<{width}}  {recipe.summary}" for name, recipe in RECIPES.items())
+
+
+def logging_quiet() -> None:
+    """Leaves the terminal to our own lines; what other libraries log as a warning on import is not the user's concern."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+# --- commands
+
+
+def _data(options: argparse.Namespace, console: Console) -> int:
+    from dist_gsl import data
+    from dist_gsl.display import Steps
+
+    if options.action == "check":
+        info = data.check(options.file, full=True)
+        console.print(f"{options.file}: {info.num_samples:,} samples, {info.channels} channel(s), whole", highlight=False)
+        return 0
+    steps = Steps(console)
+    try:
+        files = data.write(options.source, options.out_dir, seed=options.seed, max_side=options.max_side,
+                           jpeg_quality=options.jpeg_quality, num_workers=os.cpu_count() or 1, progress=steps)
+    finally:
+        steps.close()
+    for split, path in files.items():
+        console.print(f"{split}: {path}", highlight=False)
+    return 0
+
+
+def _train(options: argparse.Namespace, rest: list[str], arguments: list[str], console: Console) -> int:
+    from dist_gsl import recipes
+
+    if options.recipe is None or options.recipe.startswith("-"):
+        if not options.help:
+            raise ValueError("train: name a recipe or a config.yaml; `dist-gsl train --help` lists the recipes")
+        _parser().parse_args(["train", "x"])  # argparse builds sub-parsers lazily only in name; the text is the same
+        _train_help()
+        return 0
+    config = _with_overrides(options.recipe, recipes.find(options.recipe), [*rest, *(["--help"] if options.help else [])])
+    if options.baseline and options.baseline_run:
+        raise ValueError("train: give --baseline or --baseline-run, not both")
+    if options.dry_run:
+        return _dry_run(options.recipe, config, console)
+    from dist_gsl import experiment, report
+
+    recipe = options.recipe if options.recipe in recipes.RECIPES else Path(options.recipe).parent.name
+    name = options.name or f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    if options.resume and not options.name:
+        raise ValueError("train: --resume needs the --name of the run to go on with")
+    made = experiment.run(
+        config, name=name, runs_dir=options.runs, recipe=recipe, command=["dist-gsl", *arguments], console=console,
+        resume=options.resume, with_baseline=options.baseline, baseline_name=options.baseline_run,
+        track=not options.no_tracking,
+    )  # fmt: skip
+    report.print_table([made], console)
+    console.print(f"run: {options.runs / name}   plots: {options.runs / name / 'plots'}   MLflow: dist-gsl ui", highlight=False)
+    return 0
+
+
+def _train_help() -> None:
+    parser = _parser()
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    print(subparsers.choices["train"].format_help())
+
+
+def _with_overrides(recipe: str, config, arguments: list[str]):  # type: ignore[no-untyped-def]
+    """The config with `--any.field value` applied; one line for what does not fit."""
+    import tyro
+
+    from dist_gsl.config import RunConfig, check_field, field_names
+
+    known = [*field_names(), "penalty.beta.by_layer", "penalty.alpha.by_layer"]
+    for argument in arguments:
+        if argument.startswith("--") and argument != "--help":
+            check_field(argument[2:].partition("=")[0].replace("-", "_"), known)
+        elif not argument.startswith("-") and argument is arguments[0]:
+            raise ValueError(f"train: {argument!r} is neither a field nor an option; fields look like --train.epochs 20")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                RunConfig, default=config, args=arguments, prog=f"dist-gsl train {recipe}",
+                config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagConversionOff),
+            )  # fmt: skip
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        lines = [line.strip(" │") for line in complaint.getvalue().splitlines() if line.startswith("│")]
+        message = []
+        for line in lines:
+            if line.startswith("──"):
+                break
+            message.append(line)
+        raise ValueError("train: " + " ".join(message)) from None
+
+
+def _dry_run(name: str, config, console: Console) -> int:  # type: ignore[no-untyped-def]
+    from dist_gsl import data, launch
+    from dist_gsl.recipes import RECIPES
+    from dist_gsl.training import session
+
+    directory = config.data.directory()
+    if (directory / "dataset.json").exists():
+        shapes = session.shapes_of(config, data.dataset_info(directory))
+    elif name in RECIPES:
+        recipe = RECIPES[name]
+        shapes = session.Shapes(recipe.channels, config.data.size or recipe.size, recipe.num_outputs)
+    else:
+        raise ValueError(f"train: --dry-run of a config.yaml needs its data, and {directory} holds none")
+    neurons = session.dry_build(config, shapes)
+    for layer in neurons:
+        console.print(f"  {layer.name:<24} {layer.num_neurons:>5} neurons of {layer.group_size:,} parameters", highlight=False)
+    for layer_name, reason in neurons.pinned.items():
+        console.print(f"  {layer_name:<24} pinned: {reason}", highlight=False)
+    with launch.ray_cluster(config.workers) as resources:
+        where = "a GPU each" if resources.gpu else f"{config.workers.cpus:g} CPU each"
+        console.print(f"{name}: config and shapes fit; {resources.num_workers} workers with {where} can be had", highlight=False)
+    return 0
+
+
+def _compact(options: argparse.Namespace, console: Console) -> int:
+    from dist_gsl import runs
+
+    folder = runs.RunFolder.existing(options.run_dir)
+    made = runs.compact_run(runs.Trained.load(folder), say=lambda text: console.print(text, highlight=False))
+    console.print(f"{folder.compact_dir}: outputs differ by at most {made.max_abs_difference:.3g} of {made.max_abs_output:.3g}",
+                  highlight=False)
+    return 0
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    from dist_gsl import experiment, report
+
+    reports = [experiment.report_again(path, final=options.final, console=console) for path in options.run_dirs]
+    report.print_table(reports, console)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> int:
+    from dist_gsl import artifact, runs
+
+    folder = runs.RunFolder.existing(options.run_dir)
+    for prediction in artifact.classify(folder.compact_dir, options.images):
+        console.print(str(prediction), highlight=False)
+    return 0
+
+
+def _bench(options: argparse.Namespace, console: Console) -> int:
+    from dist_gsl import runs
+
+    trained = runs.Trained.load(runs.RunFolder.existing(options.run_dir))
+    runs.print_comparison(trained, console)
+    return 0
+
+
+def _ui(options: argparse.Namespace, console: Console) -> int:
+    from dist_gsl import tracking
+
+    uri = tracking.create_store(options.runs)
+    if uri.startswith(("http://", "https://")):
+        console.print(f"the store in use is a server: open {tracking.masked(uri)}", highlight=False)
+        return 0
+    console.print(f"MLflow UI on http://127.0.0.1:{options.port}", highlight=False)
+    return subprocess.run(
+        [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port), "--backend-store-uri", uri,
+         "--default-artifact-root", str(tracking.artifact_root(options.runs))],
+        check=False,
+    ).returncode  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

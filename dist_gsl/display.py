@@ -1,0 +1,78 @@
+"""Progress on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dist_gsl.launch import Listener
+
+
+class Display(Listener):
+    """Shows a training: one bar for its steps on a terminal, one line an epoch everywhere."""
+
+    def __init__(self, console: Console, *, title: str, num_epochs: int) -> None:
+        self.console, self.title, self.num_epochs = console, title, num_epochs
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+        if console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(), console=console, transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> Display:
+        if self._bars is not None:
+            self._bars.start()
+            self._task = self._bars.add_task(self.title, total=None, detail="starting workers")
+        else:
+            self.console.print(f"{self.title}: starting workers", highlight=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def progress(self, epoch: int, step: int, num_steps: int, loss: float, images_per_second: float) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, total=num_steps * self.num_epochs, completed=epoch * num_steps + step,
+                              detail=f"epoch {epoch + 1}  loss {loss:.3f}  {images_per_second:,.0f} images/s")
+
+    def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
+        quality = f"top-1 {record['val_top1']:.2f} %" if "val_top1" in record else f"rmse {record['val_rmse']:.4f}"
+        self.console.print(
+            f"{self.title}: epoch {record['epoch']:>2}/{self.num_epochs}  loss {record['train_loss']:.3f}  validation {quality}"
+            f"  neurons removed {record['all_neurons']:.1f} %  {record['images_per_second']:,.0f} images/s",
+            highlight=False,
+        )
+
+
+class Steps:
+    """Progress of work that counts: `steps(what, done, total)`; a bar on a terminal, a line at the start elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID | float] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if not self.console.is_terminal:
+            if what not in self._tasks:
+                self._tasks[what] = time.perf_counter()
+                self.console.print(f"{what}: {total:,}", highlight=False)
+            return
+        if self._bars is None:
+            self._bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                                  console=self.console, transient=True)
+            self._bars.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None

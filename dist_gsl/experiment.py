@@ -1,0 +1,173 @@
+"""One run from config to report: its baseline, training, removal, tracking. What `dist-gsl train` does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dist_gsl import data, launch, report, runs, tracking
+from dist_gsl.config import RunConfig
+from dist_gsl.display import Display, Steps
+from dist_gsl.launch import Listener
+from dist_gsl.report import NeuronLog, Report
+from dist_gsl.runs import RunFolder, Trained
+from dist_gsl.tracking import Tracker
+from dist_gsl.training import session
+
+BASELINE = "-baseline"
+NEURON_LOG = "neurons.parquet"
+
+
+class _Recorder(Listener):
+    """Writes what comes from training to the run's folder and to the tracking store, and shows it."""
+
+    def __init__(self, display: Display, tracker: Tracker, folder: RunFolder) -> None:
+        self.display, self.tracker = display, tracker
+        self.log_file = folder.path / NEURON_LOG
+        self.log = NeuronLog()
+
+    def progress(self, epoch: int, step: int, num_steps: int, loss: float, images_per_second: float) -> None:
+        self.display.progress(epoch, step, num_steps, loss, images_per_second)
+
+    def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
+        self.display.epoch(record, norms, masks)
+        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        alive = {f"alive/{layer}": count for layer, count in record["alive"].items()}
+        self.tracker.metrics({**numbers, **alive}, step=record["epoch"])
+        self.log.append(record["epoch"], norms, masks)
+        self.log.write(self.log_file)
+
+
+def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) -> RunFolder:
+    """The run's folder. `ValueError` for a name in use without `resume`, or a resume with another config."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ValueError(f"--name {name!r} must be a plain name without slashes, such as my-run")
+    folder = RunFolder(runs_dir.absolute() / name)
+    if folder.config_file.exists():
+        if not resume:
+            raise ValueError(f"run {name!r} exists in {runs_dir}: choose another --name, or go on with it by --resume")
+        before, now = folder.config.flat(), config.flat()
+        changed = [key for key in now if before.get(key) != now[key] and not key.startswith("workers.")]
+        if changed:
+            key = changed[0]
+            raise ValueError(f"--resume: {key} is {now[key]!r}, but run {name!r} was started with {before.get(key)!r}; "
+                             "leave it as it was, or start a new --name")
+    elif resume:
+        raise ValueError(f"--resume: there is no run {name!r} in {runs_dir}; leave --resume out to start it")
+    return folder
+
+
+def run(
+    config: RunConfig,
+    *,
+    name: str,
+    runs_dir: Path,
+    recipe: str,
+    command: Sequence[str],
+    console: Console,
+    resume: bool = False,
+    with_baseline: bool = False,
+    baseline_name: str | None = None,
+    track: bool = True,
+) -> Report:
+    """Trains a run (and, if asked, the same without penalty first), removes its dead neurons, and reports on validation.
+
+    `ValueError` for what the user gave, before anything is written.
+    """
+    steps = Steps(console)
+    try:
+        data_dir = launch.prepare_data(config, progress=steps)
+    finally:
+        steps.close()
+    config = replace(config, data=replace(config.data, dir=str(data_dir)))
+    # Shapes and layer names are checked here: an error in a worker comes late and far away.
+    session.dry_build(config, session.shapes_of(config, data.dataset_info(data_dir)))
+    plain = replace(config, penalty=config.penalty.without())
+    folder = check_name(runs_dir, name, resume=resume, config=config)
+    baseline = None
+    if baseline_name is not None:
+        baseline = RunFolder.existing(runs_dir / baseline_name)
+    elif with_baseline:
+        exists = (runs_dir / f"{name}{BASELINE}").exists()
+        baseline = check_name(runs_dir, f"{name}{BASELINE}", resume=resume and exists, config=plain)
+    with launch.ray_cluster(config.workers) as resources:
+        if baseline is not None and baseline_name is None:
+            _train_and_report(plain, baseline, resources, data_dir, recipe=recipe, command=command, console=console,
+                              baseline=None, track=track, runs_dir=runs_dir)
+        return _train_and_report(config, folder, resources, data_dir, recipe=recipe, command=command, console=console,
+                                 baseline=baseline, track=track, runs_dir=runs_dir)
+
+
+def _train_and_report(
+    config: RunConfig, folder: RunFolder, resources: launch.Resources, data_dir: Path, *, recipe: str,
+    command: Sequence[str], console: Console, baseline: RunFolder | None, track: bool, runs_dir: Path,
+) -> Report:
+    is_new = not folder.path.exists()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    config.save(folder.config_file)
+    tracker: Tracker = tracking.MlflowTracker(runs_dir) if track else tracking.NullTracker()
+    last = folder.last_checkpoint()
+    previous_id = folder.state()["mlflow_run_id"] if last is not None else None
+    run_id = tracker.start(folder.name, config.flat(), {"recipe": recipe}, run_id=previous_id)
+    status = tracking.Status.FAILED
+    try:
+        if not folder.is_finished:
+            with Display(console, title=folder.name, num_epochs=config.train.epochs) as display:
+                recorder = _Recorder(display, tracker, folder)
+                if recorder.log_file.exists():
+                    recorder.log = NeuronLog.read(recorder.log_file)
+                launch.train(config, folder, resources, data_dir=data_dir, listener=recorder, mlflow_run_id=run_id)
+        made = report_run(folder, baseline=baseline, recipe=recipe, command=command, console=console, tracker=tracker)
+        status = tracking.Status.FINISHED
+        return made
+    except KeyboardInterrupt:
+        status = tracking.Status.KILLED
+        raise
+    except BaseException:
+        if is_new and folder.last_checkpoint() is None:  # nothing was learned: leave the name free
+            shutil.rmtree(folder.path)
+        raise
+    finally:
+        tracker.end(status)
+
+
+def report_run(
+    folder: RunFolder,
+    *,
+    console: Console,
+    baseline: RunFolder | None = None,
+    recipe: str = "",
+    command: Sequence[str] = (),
+    final: bool = False,
+    tracker: Tracker | None = None,
+) -> Report:
+    """Removes the dead neurons, measures, writes report and plots. `final` reads the test split, else validation."""
+    def say(text: str) -> None:
+        console.print(f"{folder.name}: {text}", highlight=False)
+
+    trained = Trained.load(folder)
+    made, compacted = runs.make_report(
+        trained, baseline=None if baseline is None else Trained.load(baseline), recipe=recipe, command=command,
+        final=final, say=say,
+    )  # fmt: skip
+    report.write(made, folder.path)
+    from dist_gsl import plots
+
+    history = trained.state["history"]
+    baseline_history = None if baseline is None else baseline.state()["history"]
+    files = plots.write_plots(folder.path, history=history, report=made, baseline_history=baseline_history)
+    if tracker is not None:
+        import numpy as np
+
+        tracker.summary(runs.summary(made))
+        tracker.artifacts([*files, folder.path / "report.json", folder.path / "report.md", folder.config_file,
+                           folder.path / NEURON_LOG])
+        tracker.table("layers", made.layers)
+        example = np.zeros((2, *trained.image_shape), dtype=np.float32)
+        tracker.model(compacted, example, pip_requirements=runs.model_requirements())
+    return made

@@ -1,0 +1,184 @@
+"""From a run's config to a trained run: checks, Ray, a TorchTrainer, and the events of its first worker."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_gsl import data
+from dist_gsl.config import RunConfig
+from dist_gsl.runs import CHECKPOINTS, RunFolder
+from dist_gsl.training.config import WorkersConfig
+
+
+class Listener:
+    """What a launch tells the one who started it; every method may be left as it is."""
+
+    def progress(self, epoch: int, step: int, num_steps: int, loss: float, images_per_second: float) -> None:
+        """A few times a second at most, from the first worker."""
+
+    def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
+        """After each epoch: the record, each layer's neuron norms and which are alive (numpy, (neurons,))."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the workers will use."""
+
+    num_workers: int
+    gpu: bool
+
+
+def prepare_data(config: RunConfig, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """The absolute folder of a run's betons, checked. Where they are missing they are written from `data.source`."""
+    directory = config.data.directory().absolute()
+    needs_path = config.data.source in ("imagefolder", "imagenet", "places2", "icdar")
+    if needs_path and not (directory / "dataset.json").exists():
+        given = f"--data.dir {config.data.dir} holds no data" if config.data.dir else "this recipe needs data of your own"
+        raise ValueError(f"{given}: write it by `dist-gsl data write {config.data.source}:PATH OUT_DIR`, then give --data.dir OUT_DIR")
+    if not needs_path and (config.data.dir is None or not (directory / "dataset.json").exists()):
+        data.write(config.data.source, directory, seed=config.data.seed, counts=config.data.counts(),
+                   num_workers=os.cpu_count() or 1, progress=progress)
+    for split in ("train", "val"):
+        data.check(directory / f"{split}.beton")
+    return directory
+
+
+@contextmanager
+def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
+    """A connection to the cluster, or a Ray of our own on this machine for as long as the context lasts.
+
+    `ValueError` at once, with the numbers, where the cluster cannot hold the workers: Ray itself would wait for ever.
+    """
+    import ray
+
+    address = workers.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        available = os.cpu_count() or 1
+        if workers.num * workers.cpus > available:
+            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "this machine"))
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False,
+                     logging_level="ERROR", configure_logging=True)
+        except ConnectionError as error:
+            raise ValueError(f"workers.address {address!r}: no Ray cluster answers there; start one with `ray start --head`, "
+                             "or leave the address out to use this machine") from error
+    try:
+        total = ray.cluster_resources()
+        if workers.num * workers.cpus > total.get("CPU", 0):
+            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, total.get("CPU", 0), "the cluster"))
+        gpu = total.get("GPU", 0) >= workers.num if workers.gpu is None else workers.gpu
+        if gpu and total.get("GPU", 0) < workers.num:
+            raise ValueError(_too_many(workers, "GPU", workers.num, total.get("GPU", 0), "the cluster"))
+        yield Resources(workers.num, gpu)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _too_many(workers: WorkersConfig, kind: str, need: float, available: float, where: str) -> str:
+    return (f"workers: {workers.num} workers need {need:g} {kind}s, {where} has {available:g}; "
+            "lower --workers.num" + (" or --workers.cpus" if kind == "CPU" else " or set --workers.gpu False"))
+
+
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    resources: Resources,
+    *,
+    data_dir: Path,
+    listener: Listener,
+    mlflow_run_id: str | None = None,
+) -> None:
+    """Trains a run to its last epoch on a connected cluster, from the folder's last checkpoint if it has one.
+
+    `RuntimeError` with the worker's own message where training failed.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.queue import Queue
+
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    from dist_gsl.training.worker import train_worker
+
+    events = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.to_dict(), "data_dir": str(data_dir), "mlflow_run_id": mlflow_run_id,
+                           "events": events},
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers, use_gpu=resources.gpu,
+            resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if resources.gpu else {})},
+        ),
+        run_config=RayRunConfig(
+            name=CHECKPOINTS,
+            storage_path=str(folder.path),
+            # The two best by validation, and always the last.
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="score"),
+            failure_config=FailureConfig(max_failures=config.workers.max_failures, controller_failure_limit=0),
+        ),
+    )  # fmt: skip
+    with _delivery(events, listener):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise RuntimeError(_reason(error)) from error
+    ray.kill(events.actor)
+
+
+@contextmanager
+def _delivery(events: Any, listener: Listener) -> Iterator[None]:
+    """Hands events to the listener, on a thread of its own, until all that were sent have arrived."""
+    failure: list[BaseException] = []
+    ended = threading.Event()
+
+    def deliver() -> None:
+        from ray.util.queue import Empty
+
+        while True:
+            try:
+                kind, *content = events.get(timeout=0.5)
+            except (Empty, queue.Empty):
+                if ended.is_set():
+                    return
+                continue
+            try:
+                if kind == "progress":
+                    p = content[0]
+                    listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
+                else:
+                    listener.epoch(*content)
+            except BaseException as error:
+                failure.append(error)
+                return
+
+    thread = threading.Thread(target=deliver, name="events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=60)
+    if failure:
+        raise failure[0]
+
+
+def _reason(error: BaseException) -> str:
+    """The message of the first worker that failed, rather than Ray's story about it."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = sorted(failures.items())[0]
+        inner = getattr(cause, "base_exc", None) or getattr(cause, "cause", None) or cause
+        lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+        return f"training failed on worker {rank}: {lines[-1].strip() if lines else type(inner).__name__}"
+    return f"training failed: {str(error).strip().splitlines()[0]}"

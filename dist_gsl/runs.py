@@ -1,0 +1,128 @@
+"""A run's folder: what is in it, its network full and compact, and the report made from it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_gsl import artifact, compaction, data, report, timing
+from dist_gsl.config import RunConfig
+from dist_gsl.measures import measure
+from dist_gsl.neurons import Neurons
+from dist_gsl.report import Report
+from dist_gsl.training import checkpoint, loop, session
+from dist_gsl.training.state import build_network
+
+CHECKPOINTS = "checkpoints"
+Say = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """runs/NAME."""
+
+    path: Path
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """`ValueError` unless it is a run's folder."""
+        folder = cls(Path(path).absolute())
+        if not folder.config_file.is_file():
+            raise ValueError(f"{path} is not a run's folder: it has no config.yaml; name one such as runs/NAME")
+        return folder
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def compact_dir(self) -> Path:
+        return self.path / "compact"
+
+    @property
+    def config(self) -> RunConfig:
+        return RunConfig.load(self.config_file)
+
+    def last_checkpoint(self) -> Path | None:
+        found = sorted((self.path / CHECKPOINTS).glob(f"epoch-*/{checkpoint.FILE}"))
+        return found[-1] if found else None
+
+    def state(self) -> dict[str, Any]:
+        """The last checkpoint. `ValueError` if there is none yet."""
+        last = self.last_checkpoint()
+        if last is None:
+            raise ValueError(f"run {self.name!r} has no checkpoint yet: train it first, `dist-gsl train {self.config_file}`")
+        return checkpoint.load(last)
+
+    @property
+    def is_finished(self) -> bool:
+        last = self.last_checkpoint()
+        return last is not None and last.parent.name == f"epoch-{self.config.train.epochs:04d}"
+
+
+@dataclass
+class Trained:
+    """A run's network as training left it, on the CPU, with what is needed to feed it."""
+
+    folder: RunFolder
+    config: RunConfig
+    data_dir: Path
+    info: data.DatasetInfo
+    model: nn.Module
+    neurons: Neurons
+    state: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: RunFolder) -> Trained:
+        config, state = folder.config, folder.state()
+        data_dir = config.data.directory().absolute()
+        info = data.dataset_info(data_dir)
+        shapes = session.shapes_of(config, info)
+        model, neurons = build_network(state["network"], image_shape=shapes.image, state=state)
+        if state["average"] is not None:
+            model.load_state_dict(state["average"])
+        return cls(folder, config, data_dir, info, model, neurons, state)
+
+    def batches(self, split: str) -> data.Loader:
+        return session.make_loader(self.config, split, self.data_dir, batch_size=256)
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        batches = self.batches(split)
+        layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
+        return loop.evaluate(model.to(memory_format=layout), batches, self.config.train, device=torch.device("cpu"))  # type: ignore[call-overload]
+
+
+def compact_run(trained: Trained, *, say: Say = _silent) -> tuple[compaction.Compacted, float]:
+    """Removes the dead neurons, proves on the whole validation split in float64 that the function is the same, and only
+    then writes RUN_DIR/compact/. (the compact network, largest absolute difference on validation)."""
+    say("removing the dead neurons")
+    compacted = compaction.compact(trained.model, trained.neurons)
+    say("comparing both networks on the whole validation split in float64")
+    difference, largest = compaction.max_difference(
+        trained.model, compacted.model, (batch.images for batch in trained.batches("val"))
+    )
+    compaction.check_difference(difference, largest)
+    shapes = session.shapes_of(trained.config, trained.info)
+    artifact.save_compact(
+        trained.folder.compact_dir, model=compacted.model, neurons=compacted.neurons, network=trained.state["network"],
+        classes=list(trained.info.classes),
+        image={"channels": shapes.channels, "size": shapes.size, "mean": list(trained.info.mean),
+               "std": list(trained.info.std), "task": trained.info.task.value},
+        extra={"run": trained.folder.name},
+    )  # fmt: skip
+    return compacted, max(difference, compacted.max_abs_difference)

@@ -1,0 +1,442 @@
+"""Tracking of runs: MLflow, or nothing. The only module that imports mlflow, and only when a run is tracked.
+
+Whatever happens to the tracking store, training goes on: what could not be sent is kept and sent later, and the same
+records are in the run's folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow import MlflowClient
+    from numpy.typing import NDArray
+    from torch import nn
+
+EXPERIMENT = "dist_gsl"
+RETRY_AFTER_S = 30.0
+"""After a failure nothing is sent for this long, twice as long after each further one and 600 s at most, so that a dead
+server does not slow every epoch."""
+MAX_RETRY_AFTER_S = 600.0
+PROBE_TIMEOUT_S = 5.0
+"""Time in which a server's machine must accept a connection."""
+MAX_WAITING = 10_000
+"""Records kept while the store cannot be reached; the oldest go first."""
+
+# A dead server must cost seconds, not MLflow's default of 7 retries of 120 s. What the user has set stays.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print credentials that are in the URI
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_MAX_PARAMS, _MAX_PARAM_LENGTH = 100, 6000  # of one MLflow request
+
+_log = logging.getLogger(__name__)
+
+
+class Status(Enum):
+    """How a run ended."""
+
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+
+
+class Tracker:
+    """Where the records of one run go. This one is the null object: it takes everything and does nothing."""
+
+    run_id: str | None = None
+    """The store's name for the run, for checkpoints; None until the store has given one."""
+
+    def start(
+        self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, *, run_id: str | None = None
+    ) -> str | None:
+        """Begin a run, or go on with `run_id`; returns the run's id, None where there is none (yet).
+
+        params: the config, flat; logged only where the run is new, as parameters of a run cannot change.
+        """
+        return None
+
+    def metrics(self, values: Mapping[str, float | None], step: int) -> None:
+        """Numbers of one epoch; None is left out."""
+
+    def summary(self, values: Mapping[str, float | None]) -> None:
+        """The final numbers, under the same names in every run, for the store's compare view; None is left out."""
+
+    def artifacts(self, paths: Path | Iterable[Path]) -> None:
+        """A folder (with all in it, under its name) or files. They are read now, or later where the store is away."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of equal keys, shown as a table."""
+
+    def model(self, model: nn.Module, example: NDArray[np.float32], *, pip_requirements: Sequence[str]) -> None:
+        """The network as a program that loads without this project, at any batch size.
+
+        example: a batch of at least 2 inputs. `ValueError` for fewer. The model is left as it is.
+        """
+
+    def end(self, status: Status | str = Status.FINISHED) -> None:
+        """Close the run: "FINISHED", "FAILED" or "KILLED"."""
+
+
+class NullTracker(Tracker):
+    """Tracks nothing."""
+
+
+def tracking_uri(runs_dir: str | Path) -> str:
+    """The store in use: MLFLOW_TRACKING_URI, else the database `mlflow.db` in the folder of the runs (absolute)."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    return given or f"sqlite:///{Path(runs_dir).absolute() / 'mlflow.db'}"
+
+
+def artifact_root(runs_dir: str | Path) -> Path:
+    """Where a store without a server keeps files (absolute)."""
+    return Path(runs_dir).absolute() / "mlartifacts"
+
+
+def masked(text: str) -> str:
+    """The text without the user and password of any URI in it, nor the values of MLflow's credential variables."""
+    text = re.sub(r"(?<=://)[^\s/?#]*@", "***@", text)
+    secrets = [os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("PASSWORD", "TOKEN")]
+    with suppress(ValueError):  # not a URI
+        secrets.append(urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).password)
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, "***")
+    return text
+
+
+def create_store(runs_dir: str | Path, *, experiment: str = EXPERIMENT) -> str:
+    """Create the store in use and the experiment, once, before parallel runs use them; returns its URI.
+
+    For the driver of several trials. `MlflowTracker.start` does the same. A store that cannot be reached is a warning.
+    """
+    uri = tracking_uri(runs_dir)
+    MlflowTracker(runs_dir, uri=uri, experiment=experiment).connect()
+    return uri
+
+
+class MlflowTracker(Tracker):
+    """Records in an MLflow store. No call raises for what the store or the network does: it warns and tries again.
+
+    runs_dir: the folder of the runs, for the default store. uri: the store; None is `tracking_uri(runs_dir)`.
+    retry_after_s: pause after the first failure, in which nothing is sent.
+    """
+
+    def __init__(
+        self,
+        runs_dir: str | Path,
+        *,
+        uri: str | None = None,
+        experiment: str = EXPERIMENT,
+        retry_after_s: float = RETRY_AFTER_S,
+    ) -> None:
+        self.uri = tracking_uri(runs_dir) if uri is None else uri
+        self.run_id = None
+        self._runs_dir, self._experiment = Path(runs_dir).absolute(), experiment
+        self._retry_after_s, self._retry_at = retry_after_s, 0.0
+        self._connected: tuple[MlflowClient, str] | None = None
+        self._start: Callable[[MlflowClient, str], str] | None = None
+        self._waiting: deque[tuple[str, Callable[[MlflowClient, str], None]]] = deque(maxlen=MAX_WAITING)
+        self._is_away, self._num_failures = False, 0
+        self._last_step = 0
+
+    # --- the interface
+
+    def start(
+        self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, *, run_id: str | None = None
+    ) -> str | None:
+        texts = {key: masked(str(value))[:_MAX_PARAM_LENGTH] for key, value in params.items()}
+
+        def begin(client: MlflowClient, experiment_id: str) -> str:
+            from mlflow.exceptions import MlflowException
+
+            if run_id is not None:
+                try:
+                    client.update_run(run_id, status="RUNNING")
+                    return run_id
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise
+                    _log.warning("tracking: %s has no run %s to go on with; a new one begins", masked(self.uri), run_id)
+            new = client.create_run(experiment_id, run_name=name, tags=dict(tags or {})).info.run_id
+            self.run_id = new  # a failure from here on does not create it again
+            return new
+
+        def log_params(client: MlflowClient, new: str) -> None:
+            from mlflow.entities import Param
+
+            entries = [Param(key, value) for key, value in texts.items()]
+            for first in range(0, len(entries), _MAX_PARAMS):
+                client.log_batch(new, params=entries[first : first + _MAX_PARAMS])
+
+        def params_if_new(client: MlflowClient, current: str) -> None:
+            if current != run_id:
+                log_params(client, current)
+
+        self.run_id, self._start = None, begin
+        self._send("the parameters", params_if_new)
+        return self.run_id
+
+    def metrics(self, values: Mapping[str, float | None], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._last_step = max(self._last_step, step)
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+
+        def log(client: MlflowClient, run_id: str) -> None:
+            from mlflow.entities import Metric
+
+            client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in numbers.items()])
+
+        self._send("metrics", log)
+
+    def summary(self, values: Mapping[str, float | None]) -> None:
+        self.metrics(values, self._last_step)  # an earlier step would hide behind an epoch's metric of the same name
+
+    def artifacts(self, paths: Path | Iterable[Path]) -> None:
+        for path in [paths] if isinstance(paths, str | Path) else list(paths):
+            self._send(f"artifact {Path(path).name}", _artifact_sender(Path(path)))
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        columns = {key: [row.get(key) for row in rows] for key in (rows[0] if rows else {})}
+        if columns:
+            self._send(f"table {name}", lambda client, run_id: _log_table(client, run_id, columns, f"{name}.json"))
+
+    def model(self, model: nn.Module, example: NDArray[np.float32], *, pip_requirements: Sequence[str]) -> None:
+        if len(example) < 2:
+            raise ValueError(f"tracker: an example of {len(example)} input would fix the batch size; give 2 or more")
+        on_cpu = copy.deepcopy(model).cpu().eval()
+
+        def log(client: MlflowClient, run_id: str) -> None:
+            import mlflow
+
+            with _current_uri(self.uri), mlflow.start_run(run_id=run_id, log_system_metrics=False):
+                try:
+                    mlflow.pytorch.log_model(
+                        on_cpu, name="model", input_example=example, pip_requirements=list(pip_requirements),
+                        serialization_format="pt2",
+                    )  # fmt: skip
+                except _failures():
+                    raise
+                except Exception as error:  # torch.export raises types of its own for what it cannot follow
+                    _log.warning("tracking: the model is left out, torch.export cannot follow it (%s)", _reason(error))
+            client.update_run(run_id, status="RUNNING")  # leaving start_run ended it
+
+        self._send("the model", log)
+
+    def end(self, status: Status | str = Status.FINISHED) -> None:
+        value = Status(status).value
+        self._retry_at = 0.0  # the last chance
+        self._send("the end of the run", lambda client, run_id: client.set_terminated(run_id, value))
+        if self._waiting:
+            count, uri = len(self._waiting), masked(self.uri)
+            _log.warning("tracking: %d records did not reach %s; they are in the run's folder", count, uri)
+
+    # --- sending
+
+    def connect(self) -> bool:
+        """Reach the store and create its experiment where there is none; False, with a warning, where that fails."""
+        error = self._try(self._connect)
+        if error is not None:
+            self._away(error)
+        return error is None
+
+    def _send(self, what: str, record: Callable[[MlflowClient, str], None]) -> None:
+        """Send a record after those that wait; where the store cannot be reached it waits too."""
+        self._waiting.append((what, record))
+        if self._start is None or time.monotonic() < self._retry_at:
+            return
+        while self._waiting:
+            what, record = self._waiting[0]
+            error = self._try(lambda record=record: self._deliver(record))  # type: ignore[misc]
+            if error is not None and self._try(self._ask) is not None:
+                self._away(error)
+                return
+            self._waiting.popleft()
+            if error is not None:  # the store answers: it is this record that it does not take
+                _log.warning("tracking: %s does not take %s (%s)", masked(self.uri), what, _reason(error))
+        if self._is_away:
+            _log.warning("tracking: %s is reached again", masked(self.uri))
+            self._is_away, self._num_failures = False, 0
+
+    def _deliver(self, record: Callable[[MlflowClient, str], None]) -> None:
+        client, experiment_id = self._connect()
+        if self.run_id is None:
+            assert self._start is not None
+            self.run_id = self._start(client, experiment_id)
+        record(client, self.run_id)
+
+    def _ask(self) -> None:
+        """Raises where the store does not answer."""
+        client, _ = self._connect()
+        if self.run_id is None:
+            raise OSError("the run is not begun")
+        client.get_run(self.run_id)
+
+    def _try(self, action: Callable[[], Any]) -> Exception | None:
+        """Does it; the error, where the store or the network fails."""
+        failures = _failures()  # imports mlflow, which sets up its loggers, before they are made quiet
+        try:
+            with _quiet():
+                action()
+        except failures as error:
+            return error
+        return None
+
+    def _away(self, error: Exception) -> None:
+        pause_s = min(self._retry_after_s * 2**self._num_failures, MAX_RETRY_AFTER_S)
+        self._retry_at = time.monotonic() + pause_s
+        self._num_failures = min(self._num_failures + 1, 10)
+        if not self._is_away:
+            _log.warning(
+                "tracking: %s cannot be reached (%s); the run goes on and its records are sent later",
+                masked(self.uri), _reason(error),
+            )  # fmt: skip
+        self._is_away, self._connected = True, None
+
+    def _connect(self) -> tuple[MlflowClient, str]:
+        if self._connected is None:
+            for name, value in _ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            is_database = _is_database(self.uri)
+            if is_database:
+                _probe_database(self.uri)
+            else:
+                _probe_server(self.uri)
+            from mlflow import MlflowClient
+
+            with _lock(self._runs_dir / ".mlflow.lock" if is_database else None):
+                client = MlflowClient(self.uri)
+                self._connected = client, self._experiment_id(client, is_database)
+        return self._connected
+
+    def _experiment_id(self, client: MlflowClient, is_database: bool) -> str:
+        found = client.get_experiment_by_name(self._experiment)
+        if found is not None:
+            return found.experiment_id
+        location = artifact_root(self._runs_dir).as_uri() if is_database else None  # a server has its own
+        return client.create_experiment(self._experiment, artifact_location=location)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what lies at the bottom: "Connection refused" under four layers of retries."""
+    bottom: BaseException | None = error
+    while bottom is not None:
+        error = bottom if isinstance(bottom, _failures()) else error
+        bottom = bottom.__cause__ or bottom.__context__
+    return masked((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _artifact_sender(path: Path) -> Callable[[MlflowClient, str], None]:
+    def send(client: MlflowClient, run_id: str) -> None:
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), artifact_path=path.name)
+        elif path.exists():
+            client.log_artifact(run_id, str(path))
+        else:
+            _log.warning("tracking: %s is gone and is not sent", path)
+
+    return send
+
+
+def _log_table(client: MlflowClient, run_id: str, columns: dict[str, list[Any]], file: str) -> None:
+    client.log_table(run_id, data=columns, artifact_file=file)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a store or the way to it can raise. A fault of ours (TypeError, KeyError) is not among them."""
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+    from urllib3.exceptions import HTTPError
+
+    # ImportError: the database's driver is not installed.
+    return (MlflowException, RequestException, HTTPError, SQLAlchemyError, CommandError, OSError, ImportError)
+
+
+def _is_database(uri: str) -> bool:
+    return urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def _probe_database(uri: str) -> None:
+    """Raises at once where a database cannot be opened: MLflow itself would try ten times, for 100 seconds."""
+    import sqlalchemy
+
+    path = uri.removeprefix("sqlite:///")
+    if path != uri:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+
+
+def _probe_server(uri: str) -> None:
+    """Raises within seconds where a server's machine does not answer; through a proxy nothing is known beforehand."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname or getproxies():
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname, port), timeout=PROBE_TIMEOUT_S).close()
+
+
+@contextmanager
+def _lock(path: Path | None) -> Iterator[None]:
+    """Holds a file against the other processes of this machine; None: holds nothing."""
+    if path is None:
+        yield
+        return
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _current_uri(uri: str) -> Iterator[None]:
+    """MLflow's functions without a client use this store; afterwards the one they used before."""
+    import mlflow
+
+    name = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(name)  # set_tracking_uri writes it, for child processes
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines of the database's creation, of the model's export and of retries."""
+    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow", "urllib3")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

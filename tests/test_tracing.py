@@ -1,0 +1,338 @@
+"""Which neurons are found, in the zoo, in torchvision's networks and in small ones made to be difficult."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from dist_gsl import find_neurons
+from dist_gsl.models import model_names
+from dist_gsl.neurons import Neurons, Slice
+from tests.networks import IMAGE, chain, tiny
+
+BNET_CONVS = [f"conv{i}" for i in range(1, 11)]
+DEC8_CONVS = [f"conv{i}{side}" for i in range(1, 9) for side in "vh"]
+CONVS = {
+    "bnet": BNET_CONVS, "bnet-c": BNET_CONVS, "dec8": DEC8_CONVS, "dec8-640": DEC8_CONVS, "dec8-768": DEC8_CONVS,
+    "dec3": DEC8_CONVS[:6],
+}  # fmt: skip
+
+
+def positions(piece: Slice) -> tuple[str, int, list[list[int]]]:
+    return piece.tensor, piece.dim, piece.index.tolist()
+
+
+# --- the zoo
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", model_names())
+def test_every_hidden_neuron_of_the_zoo_is_found(name: str, batch_norm: bool) -> None:
+    model, x = tiny(name, batch_norm=batch_norm)
+    neurons = find_neurons(model, x)
+    hidden = ["classifier.fc1", "classifier.fc2"] if name == "bnet" else []
+    assert [layer.name for layer in neurons] == [f"features.{conv}" for conv in CONVS[name]] + hidden
+    assert neurons.pinned == {"classifier.fc3" if hidden else "classifier.fc": "its neurons are the network's outputs"}
+    weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer, module, reader in zip(neurons, weighted, weighted[1:], strict=False):
+        weight = module.weight
+        assert layer.num_neurons == len(weight)
+        # filter and bias, or filter and the BatchNorm pair; hidden linear layers have a bias and no BatchNorm
+        extra = 2 if batch_norm and layer.kind == "conv" else 1
+        assert layer.group_size == weight[0].numel() + extra
+        assert len(layer.producers) == 1 + extra
+        [piece] = layer.readers
+        assert neurons.parameter(piece.tensor) is reader.weight
+        assert piece.index.numel() == reader.weight.shape[1]  # together they read the whole of it
+        assert piece.index.flatten().tolist() == list(range(reader.weight.shape[1]))
+
+
+def test_producers_buffers_and_readers_of_a_layer() -> None:
+    layer = find_neurons(chain(), torch.randn(1, *IMAGE))["conv1"]
+    block = [[i] for i in range(6)]
+    names = ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias"]
+    assert [positions(p) for p in layer.producers] == [(name, 0, block) for name in names]
+    assert [positions(p) for p in layer.buffers] == [(n, 0, block) for n in ("bn1.running_mean", "bn1.running_var")]
+    assert [positions(p) for p in layer.readers] == [("conv2.weight", 1, block)]
+
+
+def test_a_flattened_map_is_read_by_all_of_its_positions() -> None:
+    layer = find_neurons(chain(), torch.randn(1, *IMAGE))["conv2"]
+    assert [positions(p) for p in layer.readers] == [
+        ("fc1.weight", 1, [[4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3] for n in range(8)])
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_is(training: bool) -> None:
+    model = chain()
+    model.train(training)
+    model.get_submodule("bn2").train(not training)  # part of it frozen by its user
+    flags = [m.training for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    find_neurons(model, torch.randn(4, *IMAGE, generator=torch.Generator().manual_seed(0)))
+    assert [m.training for m in model.modules()] == flags
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- torchvision
+
+
+def torchvision_neurons(name: str, **options: object) -> Neurons:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=5, **options)
+    return find_neurons(model.to_empty(device="cpu"), torch.zeros(1, 3, 224, 224))
+
+
+def test_resnet18_inner_convolutions_are_found_and_residual_ones_pinned() -> None:
+    neurons = torchvision_neurons("resnet18")
+    assert [layer.name for layer in neurons] == [f"layer{i}.{j}.conv1" for i in (1, 2, 3, 4) for j in (0, 1)]
+    residual = ["conv1", *(f"layer{i}.{j}.conv2" for i in (1, 2, 3, 4) for j in (0, 1))]
+    residual += [f"layer{i}.0.downsample.0" for i in (2, 3, 4)]
+    assert set(neurons.pinned) == {*residual, "fc"}
+    assert all(neurons.pinned[name].startswith("read by add") for name in residual)
+
+
+@pytest.mark.parametrize(("name", "num_convs"), [("vgg11_bn", 8), ("alexnet", 5)])
+def test_vgg_and_alexnet_are_whole_chains(name: str, num_convs: int) -> None:
+    neurons = torchvision_neurons(name)
+    kinds = [layer.kind for layer in neurons]
+    assert kinds == ["conv"] * num_convs + ["linear"] * 2
+    assert list(neurons.pinned) == ["classifier.6"]
+    last_conv = list(neurons)[num_convs - 1]
+    size = 7 * 7 if name == "vgg11_bn" else 6 * 6
+    assert last_conv.readers[0].index.shape == (last_conv.num_neurons, size)
+
+
+def test_mobilenet_v2_has_only_its_last_convolution_to_learn() -> None:
+    neurons = torchvision_neurons("mobilenet_v2")
+    assert [layer.name for layer in neurons] == ["features.18.0"]
+    reasons = set(neurons.pinned.values())
+    assert "grouped convolution" in reasons
+    assert any(reason.startswith("read by grouped convolution 'features.0.0'") is False for reason in reasons)
+    assert "read by grouped convolution 'features.1.conv.0.0'" in reasons
+    assert all(r.startswith(("grouped", "read by grouped", "read by add", "its neurons are")) for r in reasons)
+
+
+# --- small networks, each with one thing in the way
+
+
+class Net(nn.Module):
+    """conv1 -> `between` -> conv2 -> mean over positions -> fc: (N, 2, 8, 8) -> (N, 3)."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], *, conv2: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1) if conv2 is None else conv2
+        self.fc = nn.Linear(4, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv2(self.between(self.conv1(x))).mean((2, 3)))
+
+
+def pinned(model: nn.Module, *, shape: tuple[int, ...] = (2, *IMAGE)) -> dict[str, str]:
+    found = find_neurons(model, torch.randn(shape)).pinned
+    return {name: reason for name, reason in found.items() if reason != "its neurons are the network's outputs"}
+
+
+ZERO_STAYS_ZERO: list[nn.Module | Callable[[Tensor], Tensor]] = [
+    nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.CELU(), nn.SELU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(),
+    nn.Mish(), nn.Tanh(), nn.Softsign(), nn.Hardswish(), nn.Hardtanh(), nn.Identity(), nn.Dropout(), nn.Dropout2d(),
+    nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(3), nn.BatchNorm2d(4),
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softsign, F.hardswish, F.tanh,
+    F.dropout, F.dropout2d, torch.relu, torch.tanh, torch.selu,
+    lambda x: F.max_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2), lambda x: F.adaptive_avg_pool2d(x, 3),
+    lambda x: F.adaptive_max_pool2d(x, 3), lambda x: torch.max_pool2d(x, 2), lambda x: x.relu(),
+    lambda x: x.tanh(), lambda x: x.contiguous(), lambda x: F.relu(x, inplace=True),
+]  # fmt: skip
+
+
+def label(operation: object) -> str:
+    return type(operation).__name__ if isinstance(operation, nn.Module) else getattr(operation, "__name__", "?")
+
+
+@pytest.mark.parametrize("operation", ZERO_STAYS_ZERO, ids=label)
+def test_what_keeps_zeros_lets_channels_through(operation: Callable[[Tensor], Tensor]) -> None:
+    model = Net(operation).eval()
+    assert pinned(model) == {}
+    neurons = find_neurons(model, torch.randn(2, *IMAGE))
+    neurons.zero_({"conv1": [1]})
+    # And it does keep them: after the operation the dead channel is zero everywhere.
+    assert not operation(model.conv1(torch.randn(2, *IMAGE)))[:, 1].any()
+
+
+PINNING: dict[str, tuple[Callable[[], Net], dict[str, str]]] = {
+    "sigmoid": (lambda: Net(nn.Sigmoid()), {"conv1": "read by Sigmoid 'between'"}),
+    "softplus": (lambda: Net(F.softplus), {"conv1": "read by softplus (softplus)"}),
+    "sigmoid method": (lambda: Net(lambda x: x.sigmoid()), {"conv1": "read by .sigmoid() (sigmoid)"}),
+    "one more": (lambda: Net(lambda x: x + 1), {"conv1": "read by add (add)"}),
+    "in place": (lambda: Net(lambda x: x.add_(1)), {"conv1": "read by .add_() (add_)"}),
+    "hardtanh above 0": (lambda: Net(nn.Hardtanh(0.5, 1.0)), {"conv1": "read by Hardtanh 'between'"}),
+    "layer norm": (lambda: Net(nn.GroupNorm(2, 4)), {"conv1": "read by GroupNorm 'between'"}),
+    "plain BatchNorm": (
+        lambda: Net(nn.BatchNorm2d(4, affine=False)),
+        {"conv1": "BatchNorm 'between' has no scale and shift: it makes a zero channel non-zero"},
+    ),
+    "grouped": (
+        lambda: Net(nn.ReLU(), conv2=nn.Conv2d(4, 4, 3, groups=2)),
+        {"conv1": "read by grouped convolution 'conv2'", "conv2": "grouped convolution"},
+    ),
+    "parametrized": (
+        lambda: Net(nn.ReLU(), conv2=parametrizations.weight_norm(nn.Conv2d(4, 4, 3))),
+        {"conv1": "read by 'conv2', whose weight is parametrized", "conv2": "its weight is parametrized"},
+    ),
+    "pool over channels": (
+        lambda: Net(nn.MaxPool3d(3, 1, 1)), {"conv1": "pooled over its own dimension by 'between'"},
+    ),
+    "function pool over channels": (
+        lambda: Net(lambda x: F.avg_pool3d(x, 3, 1, 1)), {"conv1": "pooled over its own dimension by avg_pool3d"},
+    ),
+    "mean over channels": (
+        lambda: Net(lambda x: x * x.mean(1, keepdim=True)), {"conv1": "read by mean over other dimensions (mean)"},
+    ),
+    "flatten with the batch": (
+        lambda: Net(lambda x: torch.flatten(x, 0, 1)), {"conv1": "flattened together with what comes before it (flatten)"}
+    ),
+    "view": (lambda: Net(lambda x: x.view(2, 4, 8, 8)), {"conv1": "read by .view() (view)"}),
+    "concatenation": (
+        lambda: Net(lambda x: torch.cat([x, x], 1), conv2=nn.Conv2d(8, 4, 3)), {"conv1": "read by cat (cat)"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PINNING)
+def test_what_else_touches_a_channel_pins_it_with_the_reason(case: str) -> None:
+    build, reasons = PINNING[case]
+    if case == "flatten with the batch":
+        model = build()
+        model.forward = lambda x: torch.flatten(model.conv1(x), 0, 1)  # type: ignore[method-assign]
+        assert pinned(Flattened()) == reasons
+        return
+    assert pinned(build()) == reasons
+
+
+class Flattened(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(torch.flatten(self.conv1(x), 0, 1), 1))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.conv3, self.fc = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).relu()
+        x = x + self.conv3(self.conv2(x).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_residual_sum_pins_both_of_its_sides() -> None:
+    assert pinned(Residual()) == {"conv1": "read by add (add)", "conv3": "read by add (add)"}
+
+
+class Tied(nn.Module):
+    """fc2 runs twice, or shares its weight with fc3, or its weight is used by hand."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3, self.fc4 = (nn.Linear(i, 4) for i in (128, 4, 4, 4))
+        self.how = how
+        if how == "parameter":
+            self.fc3.weight = self.fc2.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc2(self.fc1(x.flatten(1)).relu()).relu()
+        if self.how == "module":
+            x = self.fc2(x).relu()
+        if self.how == "by hand":
+            x = F.linear(x, self.fc2.weight.t()).relu()
+        return self.fc4(self.fc3(x))
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [("module", {"fc1", "fc2"}), ("parameter", {"fc1", "fc2", "fc3"}), ("by hand", {"fc1", "fc2"})],
+)
+def test_shared_weights_are_pinned(how: str, names: set[str]) -> None:
+    reasons = pinned(Tied(how))
+    assert set(reasons) == names
+    assert all("shared" in reason for reason in reasons.values())
+
+
+def test_two_readers_of_one_layer_are_both_found() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.a, self.b = nn.Conv2d(2, 4, 3), nn.Linear(4 * 36, 3), nn.Conv2d(4, 3, 6)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv1(x).relu()
+            return self.a(x.flatten(1)), self.b(x)
+
+    layer = find_neurons(Fork(), torch.randn(2, *IMAGE))["conv1"]
+    assert [(piece.tensor, piece.index.shape[1]) for piece in layer.readers] == [("a.weight", 36), ("b.weight", 1)]
+
+
+def test_a_layer_that_nothing_reads_is_pinned() -> None:
+    class Loose(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv1(x)
+            self.conv2(x)
+            return self.fc(self.conv3(x).mean((2, 3)))
+
+    assert pinned(Loose()) == {"conv2": "nothing reads it"}
+
+
+def test_batch_norm_after_flatten_goes_with_its_channel() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.BatchNorm1d(3 * 36), nn.ReLU(), nn.Linear(108, 2))
+    layer = find_neurons(model, torch.randn(2, *IMAGE))["0"]
+    assert [(p.tensor, p.index.shape[1]) for p in layer.producers] == [
+        ("0.weight", 1), ("0.bias", 1), ("2.weight", 36), ("2.bias", 36)
+    ]  # fmt: skip
+    assert layer.group_size == 2 * 9 + 1 + 2 * 36
+
+
+def test_pooling_over_linear_neurons_pins_them() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 8), nn.MaxPool1d(2), nn.Linear(4, 3))  # maxout
+    assert pinned(model) == {"1": "pooled over its own dimension by '2'"}
+
+
+# --- errors
+
+
+def test_half_precision_parameters_are_refused() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=r"'conv1.weight' is .*float16.*float32"):
+            find_neurons(chain().to(dtype), torch.randn(2, *IMAGE, dtype=dtype))
+
+
+def test_control_flow_on_values_is_refused_by_name() -> None:
+    class Depends(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match="Depends cannot be traced"):
+        find_neurons(Depends(), torch.randn(2, *IMAGE))
+
+
+def test_inputs_that_the_model_does_not_take_are_refused() -> None:
+    model = chain()
+    model.train()
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"Sequential does not take.*\(2, 5, 8, 8\)"):
+        find_neurons(model, torch.randn(2, 5, 8, 8))
+    assert all(m.training for m in model.modules())
