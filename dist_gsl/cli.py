@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     compact.add_argument("run_dir", type=Path)
     report = commands.add_parser("report", help="the table, report.json and plots of runs")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    report.add_argument("--baseline-run", metavar="NAME", help="the baseline's name (the run's own, NAME-baseline)")
     report.add_argument("--final", action="store_true", help="read the test split, once you have chosen; else validation")
     evaluate = commands.add_parser("evaluate", help="classify your own images with a run's compact network")
     evaluate.add_argument("run_dir", type=Path)
@@ -153,7 +155,6 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str], c
     if options.recipe is None or options.recipe.startswith("-"):
         if not options.help:
             raise ValueError("train: name a recipe or a config.yaml; `dist-gsl train --help` lists the recipes")
-        _parser().parse_args(["train", "x"])  # argparse builds sub-parsers lazily only in name; the text is the same
         _train_help()
         return 0
     config = _with_overrides(options.recipe, recipes.find(options.recipe), [*rest, *(["--help"] if options.help else [])])
@@ -211,7 +212,7 @@ def _with_overrides(recipe: str, config, arguments: list[str]):  # type: ignore[
             if line.startswith("──"):
                 break
             message.append(line)
-        raise ValueError("train: " + " ".join(message)) from None
+        raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: )", "", " ".join(message))) from None
 
 
 def _dry_run(name: str, config, console: Console) -> int:  # type: ignore[no-untyped-def]
@@ -251,7 +252,10 @@ def _compact(options: argparse.Namespace, console: Console) -> int:
 def _report(options: argparse.Namespace, console: Console) -> int:
     from dist_gsl import experiment, report
 
-    reports = [experiment.report_again(path, final=options.final, console=console) for path in options.run_dirs]
+    reports = [
+        experiment.report_again(path, final=options.final, console=console, baseline_name=options.baseline_run)
+        for path in options.run_dirs
+    ]
     report.print_table(reports, console)
     return 0
 
@@ -266,10 +270,15 @@ def _evaluate(options: argparse.Namespace, console: Console) -> int:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
-    from dist_gsl import runs
+    import torch
+
+    from dist_gsl import compaction, report, runs, timing
 
     trained = runs.Trained.load(runs.RunFolder.existing(options.run_dir))
-    runs.print_comparison(trained, console)
+    compacted = compaction.compact(trained.model, trained.neurons)
+    timed = timing.compare(trained.model.eval(), compacted.model.eval(), example=torch.zeros(1, *trained.image_shape),
+                           batch_sizes=(1, 2, 8, 16, 64), seconds=20.0)
+    report.print_comparison(timed, console)
     return 0
 
 

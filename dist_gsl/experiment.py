@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from dist_gsl import data, launch, report, runs, tracking
+from dist_gsl import data, launch, plots, report, runs, tracking
 from dist_gsl.config import RunConfig
 from dist_gsl.display import Display, Steps
 from dist_gsl.launch import Listener
@@ -152,22 +154,32 @@ def report_run(
 
     trained = Trained.load(folder)
     made, compacted = runs.make_report(
-        trained, baseline=None if baseline is None else Trained.load(baseline), recipe=recipe, command=command,
-        final=final, say=say,
+        trained, baseline=None if baseline is None else Trained.load(baseline), recipe=recipe,
+        command=shlex.join(command), final=final, say=say,
     )  # fmt: skip
     report.write(made, folder.path)
-    from dist_gsl import plots
-
     history = trained.state["history"]
     baseline_history = None if baseline is None else baseline.state()["history"]
     files = plots.write_plots(folder.path, history=history, report=made, baseline_history=baseline_history)
     if tracker is not None:
-        import numpy as np
-
         tracker.summary(runs.summary(made))
         tracker.artifacts([*files, folder.path / "report.json", folder.path / "report.md", folder.config_file,
                            folder.path / NEURON_LOG])
         tracker.table("layers", made.layers)
         example = np.zeros((2, *trained.image_shape), dtype=np.float32)
-        tracker.model(compacted, example, pip_requirements=runs.model_requirements())
+        tracker.model(compacted.model, example, pip_requirements=runs.model_requirements())
     return made
+
+
+def report_again(
+    path: Path, *, final: bool, console: Console, baseline_name: str | None = None
+) -> Report:
+    """The report of a finished run once more, against the baseline it had; `final` reads the test split."""
+    folder = RunFolder.existing(path)
+    before = report.load(folder.path) if (folder.path / "report.json").exists() else None
+    found = folder.path.parent / (baseline_name or f"{folder.name}{BASELINE}")
+    baseline = RunFolder.existing(found) if baseline_name is not None or found.exists() else None
+    return report_run(
+        folder, console=console, baseline=baseline, recipe="" if before is None else before.recipe,
+        command=[] if before is None else shlex.split(before.command), final=final,
+    )  # fmt: skip

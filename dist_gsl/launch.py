@@ -36,15 +36,8 @@ class Resources:
 
 
 def prepare_data(config: RunConfig, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """The absolute folder of a run's betons, checked. Where they are missing they are written from `data.source`."""
-    directory = config.data.directory().absolute()
-    needs_path = config.data.source in ("imagefolder", "imagenet", "places2", "icdar")
-    if needs_path and not (directory / "dataset.json").exists():
-        given = f"--data.dir {config.data.dir} holds no data" if config.data.dir else "this recipe needs data of your own"
-        raise ValueError(f"{given}: write it by `dist-gsl data write {config.data.source}:PATH OUT_DIR`, then give --data.dir OUT_DIR")
-    if not needs_path and (config.data.dir is None or not (directory / "dataset.json").exists()):
-        data.write(config.data.source, directory, seed=config.data.seed, counts=config.data.counts(),
-                   num_workers=os.cpu_count() or 1, progress=progress)
+    """The absolute folder of a run's betons, checked; where no folder is named they are written from `data.source`."""
+    directory = data.prepare(config.data, progress=progress).absolute()
     for split in ("train", "val"):
         data.check(directory / f"{split}.beton")
     return directory

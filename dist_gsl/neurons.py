@@ -148,8 +148,11 @@ class Neurons:
         """
         for name, indices in neurons.items():
             layer = self[name]
-            which = torch.as_tensor(list(indices) if not isinstance(indices, Tensor) else indices, dtype=torch.int64)
-            if len(which) and not (0 <= int(which.min()) and int(which.max()) < layer.num_neurons):
+            which = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), device="cpu")
+            if which.dtype == torch.bool:
+                raise IndexError(f"layer {name!r}: got a mask, needs indices; write mask.nonzero().flatten()")
+            which = which.to(torch.int64)
+            if len(which) and (int(which.min()) < 0 or int(which.max()) >= layer.num_neurons):
                 raise IndexError(f"layer {name!r} has neurons 0 to {layer.num_neurons - 1}, got {which.tolist()}")
             layer.mask[which] = False
             gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}

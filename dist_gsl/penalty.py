@@ -46,8 +46,9 @@ def sparse_group_prox(
     """Proximal operator of the sparse group lasso for every row at once, (N, P) -> (N, P).
 
     Solves, for each row x,  argmin_z 1/2 |z - x|_2^2 + t beta [ (1 - alpha) sqrt(P) |z|_2 + alpha |z|_1 ]  by the
-    closed form of the paper (section 3.2):  s = S(x, t alpha beta);  z = max(0, 1 - t (1 - alpha) beta sqrt(P) / |s|) s,
-    exactly 0 where s is 0.  `group_size` is P where it is not the row's length (P stays that of the starting network).
+    closed form of the paper (section 3.2):  s = S(x, t alpha beta);
+    z = max(0, 1 - t (1 - alpha) beta sqrt(P) / |s|) s,  exactly 0 where s is 0.
+    `group_size` is P where it is not the row's length (P stays that of the starting network).
     """
     check_strength(beta, alpha)
     size = rows.shape[1] if group_size is None else group_size
@@ -65,7 +66,7 @@ def check_strength(beta: float, alpha: float) -> None:
 
 
 class SparseGroupLasso:
-    """r(Theta) = sum_l beta_l [ (1 - alpha_l) sqrt(P_l) sum_n |theta_l^n|_2 + alpha_l |theta_l|_1 ]  (paper, eq. 2 and 4).
+    """r(Theta) = sum_l beta_l [ (1 - alpha_l) sqrt(P_l) sum_n |theta_l^n|_2 + alpha_l |theta_l|_1 ]  (eq. 2 and 4).
 
     `beta` and `alpha` are numbers, numbers by layer name, or schedules (layer name, step) -> number; alpha = 0 is the
     plain group penalty (GS). A layer that a mapping does not name has beta 0.
@@ -156,7 +157,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.start < 0 or self.ramp < 0 or (self.end is not None and self.end < self.start):
             raise ValueError(
-                f"schedule: start {self.start}, ramp {self.ramp}, end {self.end}: needs start >= 0, ramp >= 0, end >= start"
+                f"schedule: start {self.start}, ramp {self.ramp}, end {self.end}: "
+                "needs start >= 0, ramp >= 0, end >= start"
             )
 
     def factor(self, epoch: float) -> float:
@@ -181,7 +183,7 @@ class PerLayer:
     def of(self, layers: Sequence[str]) -> dict[str, float]:
         unknown = sorted(set(self.by_layer) - set(layers))
         if unknown:
-            raise ValueError(f"by_layer names {unknown[0]!r}, which is no layer with neurons; layers: {', '.join(layers)}")
+            raise ValueError(f"by_layer names {unknown[0]!r}, no layer with neurons; layers: {', '.join(layers)}")
         first = self.rest if self.first is None else self.first
         values = {name: first if i < self.num_first else self.rest for i, name in enumerate(layers)}
         return {**values, **self.by_layer}

@@ -80,12 +80,12 @@ def paper_penalty(regulariser: str, *, epochs: float, num_first: int, ratio: flo
     )  # fmt: skip
 
 
-def imagenet_like(network: str, regulariser: str) -> RunConfig:
+def imagenet_like(data: str, network: str, regulariser: str) -> RunConfig:
     """The paper's setup for ImageNet and Places2. The epochs of the drops are not stated there; 30 and 45 are ours, and
     so is the final phase without penalty."""
     return RunConfig(
         network=NetworkConfig(network),
-        data=DataConfig(source="imagefolder", augment=Augment.CROP_FLIP, num_threads=8),
+        data=DataConfig(source=data, augment=Augment.CROP_FLIP, num_threads=8),
         penalty=paper_penalty(regulariser, epochs=20.0, num_first=3, ratio=0.102 / 0.255, start=1.0, end=45.0),
         train=TrainConfig(
             epochs=55, batch_size=180 if network.startswith("dec8") else 48, learning_rate=0.01, schedule="step",
@@ -98,7 +98,7 @@ def icdar(regulariser: str) -> RunConfig:
     """The paper's setup for the ICDAR characters."""
     return RunConfig(
         network=NetworkConfig("dec3"),
-        data=DataConfig(source="imagefolder", num_threads=4),
+        data=DataConfig(source="icdar", num_threads=4),
         penalty=paper_penalty(regulariser, epochs=6.0, num_first=1, ratio=5.1 / 10.2, start=1.0, end=36.0),
         train=TrainConfig(epochs=45, batch_size=256, learning_rate=0.1, schedule="step", drop_epochs=(2.0, 7.0, 15.0)),
     )
@@ -116,7 +116,7 @@ def _all() -> dict[str, Recipe]:
         for network in ("bnet", "bnet-c", "dec8", "dec8-640", "dec8-768"):
             for regulariser, words in names.items():
                 recipes[f"{network}-{data}-{regulariser}"] = Recipe(
-                    partial(imagenet_like, network, regulariser), f"the paper's {network} on {title}, {words}", classes, 3, 224
+                    partial(imagenet_like, data, network, regulariser), f"the paper's {network} on {title}, {words}", classes, 3, 224
                 )
     for regulariser, words in names.items():
         recipes[f"dec3-icdar-{regulariser}"] = Recipe(

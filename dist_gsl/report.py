@@ -124,26 +124,26 @@ class PaperRow:
     accuracy_gap: float
     top1: float | None = None
     baseline_top1: float | None = None
-    speedup_percent: tuple[float, ...] = ()
-    """At batch 1, 2, 8, 16, on a K20m."""
+    speedup_16: float | None = None
+    """Run time saved at batch 16, on a K20m."""
 
 
 PAPER = (
-    PaperRow("BNet^C GS", "bnet-c", "ImageNet", 12.70, 13.59, 13.59, 27.38, 1.6, 62.7, 61.1, (10.04, 8.97, 13.01, 13.69)),
+    PaperRow("BNet^C GS", "bnet-c", "ImageNet", 12.70, 13.59, 13.59, 27.38, 1.6, 62.7, 61.1, 13.69),
     PaperRow("Dec8 GS", "dec8", "ImageNet", 3.39, 2.46, 2.46, 2.82, 0.01, 64.8, 64.8),
     PaperRow("Dec8-640 SGL", "dec8-640", "ImageNet", 12.42, 13.69, 22.72, 23.33, 0.94, 67.5, 66.9),
-    PaperRow("Dec8-640 GS", "dec8-640", "ImageNet", 10.08, 12.48, 12.48, 19.11, 2.45, 68.6, 66.9, (-0.1, 5.44, 3.91, 4.37)),
-    PaperRow("Dec8-768 GS", "dec8-768", "ImageNet", 26.83, 31.53, 31.63, 48.28, -0.02, 68.0, 68.1,
-             (15.29, 17.11, 15.99, 15.62)),
+    PaperRow("Dec8-640 GS", "dec8-640", "ImageNet", 10.08, 12.48, 12.48, 19.11, 2.45, 68.6, 66.9, 4.37),
+    PaperRow("Dec8-768 GS", "dec8-768", "ImageNet", 26.83, 31.53, 31.63, 48.28, -0.02, 68.0, 68.1, 15.62),
     PaperRow("Dec3 SGL", "dec3", "ICDAR", 38.64, 32.57, 72.41, 72.08, 1.24, 89.9, 89.3),
-    PaperRow("Dec3 GS", "dec3", "ICDAR", 55.11, 66.48, 66.48, 80.45, 1.38, 90.1, 89.3, (35.62, 43.07, 44.40, 49.63)),
-)  # fmt: skip
-"""Alvarez and Salzmann, NIPS 2016: the measures, top-1 and speed-up, for orientation only: other data, other machine."""
+    PaperRow("Dec3 GS", "dec3", "ICDAR", 55.11, 66.48, 66.48, 80.45, 1.38, 90.1, 89.3, 49.63),
+)
+"""Alvarez and Salzmann, NIPS 2016: the measures, top-1 and speed-up, for orientation: other data, another machine."""
 
-_MEASURES = (
-    ("neurons", "neurons"), ("group param", "group_param"), ("total param", "total_param"),
-    ("total induced", "total_induced"),
-)  # fmt: skip
+_MEASURES = {
+    "neurons": "neurons", "group param": "group_param", "total param": "total_param", "total induced": "total_induced",
+}  # fmt: skip
+_NONE = "-"
+_SPLITS = {"val": "validation"}
 
 
 def paper_rows(network: str) -> list[PaperRow]:
@@ -153,73 +153,68 @@ def paper_rows(network: str) -> list[PaperRow]:
 
 def print_table(reports: Sequence[Report], console: Console) -> None:
     """The runs as rows in the paper's columns and order; below them the paper's rows of the same networks."""
+    from rich import box
     from rich.table import Table
 
-    regression = bool(reports) and all(report.top1 is None and report.rmse is not None for report in reports)
+    regression = bool(reports) and all(_is_regression(report) for report in reports)
     quality = "rmse" if regression else "top-1"
-    batches = list(dict.fromkeys(batch for report in reports for batch in report.speedup_percent))
+    batch = max((batch for report in reports for batch in report.speedup_percent), key=int, default=None)
     splits = {report.split for report in reports}
     where = f" on {splits.pop()}" if len(splits) == 1 else ""
-    table = Table(title=f"Zero neurons and parameters, {quality}{where}: percent", title_justify="left", pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for heading, _ in _MEASURES:
-        table.add_column(heading, justify="right")
-    for heading in ("accuracy gap", quality, "baseline"):
-        table.add_column(heading, justify="right")
-    if batches:
-        table.add_column(f"speed-up at batch {', '.join(batches)}", justify="right")
+    title = f"Zero neurons and parameters, {quality}{where}, run time saved: percent"
+    papers = [row for network in dict.fromkeys(r.network for r in reports) for row in paper_rows(network)]
+    papers = [] if regression else papers
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
+        padding=(0, 1 if console.width >= 100 else 0, 0, 0),
+        caption=f"paper: on {' and '.join(sorted({row.data for row in papers}))}, run time on a K20m" if papers else None,
+        caption_justify="left",
+    )  # fmt: skip
+    table.add_column("run", overflow="fold", min_width=14)
+    for heading in (*_MEASURES, "accuracy gap", quality, "baseline"):
+        table.add_column(heading.replace(" ", "\n"), justify="right", vertical="bottom", no_wrap=True)
+    if batch is not None:
+        table.add_column(f"speed-up\nbatch {batch}", justify="right", no_wrap=True)
     for report in reports:
-        name = report.name if where else f"{report.name} ({report.split})"
-        cells = [name, *(_number(getattr(report, key)) for _, key in _MEASURES), *_quality_cells(report, regression)]
-        if batches:
-            cells.append("  ".join(_number(report.speedup_percent.get(batch), digits=1) for batch in batches))
-        table.add_row(*cells)
-    rows = [row for network in dict.fromkeys(r.network for r in reports) for row in paper_rows(network)]
-    if rows and not regression:
+        cells = [report.name if where else f"{report.name} ({report.split})", *_measure_cells(report)]
+        cells += _quality_cells(report, regression)
+        table.add_row(*cells, *([] if batch is None else [_number(report.speedup_percent.get(batch))]))
+    if papers:
         table.add_section()
-    for row in rows if not regression else []:
-        cells = [f"paper, {row.data}: {row.name}", *(_number(getattr(row, key)) for _, key in _MEASURES),
-                 _signed(row.accuracy_gap), _number(row.top1), _number(row.baseline_top1)]  # fmt: skip
-        speedups = dict(zip(("1", "2", "8", "16"), row.speedup_percent, strict=False))
-        if batches:
-            cells.append("  ".join(_number(speedups.get(batch), digits=1) for batch in batches))
-        table.add_row(*cells, style="dim")
+    for row in papers:
+        speedup = [] if batch is None else [_number(row.speedup_16 if batch == "16" else None)]
+        table.add_row(f"paper: {row.name}", *_paper_cells(row), *speedup, style="dim")
     console.print(table)
 
 
 def to_markdown(report: Report) -> str:
     """report.md: the paper's table of this run, its layers, run time and memory."""
-    regression = report.top1 is None and report.rmse is not None
+    regression = _is_regression(report)
     quality = "rmse" if regression else "top-1"
-    gap, value, baseline = _quality_cells(report, regression)
     lines = [f"# {report.name}", "", _sentence(report), ""]
-    lines += [f"Accuracy on the {report.split} split. Percent{', but for the rmse' if regression else ''}.", ""]
-    headings = ["", *(heading for heading, _ in _MEASURES), "accuracy gap", quality, "baseline"]
-    rows = [[report.name, *(_number(getattr(report, key)) for _, key in _MEASURES), gap, value, baseline]]
-    rows += [
-        [f"paper, {row.data}: {row.name}", *(_number(getattr(row, key)) for _, key in _MEASURES),
-         _signed(row.accuracy_gap), _number(row.top1), _number(row.baseline_top1)]
-        for row in ([] if regression else paper_rows(report.network))
-    ]  # fmt: skip
-    lines += _markdown_table(headings, rows)
-    others = {"top-5": report.top5, f"{quality} on validation": report.val_top1 if report.split != "val" else None}
+    lines += [f"Accuracy on the {_SPLITS.get(report.split, report.split)} split; all in percent"
+              f"{', but for the rmse' if regression else ''}.", ""]  # fmt: skip
+    rows = [[report.name, *_measure_cells(report), *_quality_cells(report, regression)]]
+    if not regression:
+        rows += [[f"{row.name} of the paper, {row.data}", *_paper_cells(row)] for row in paper_rows(report.network)]
+    lines += _markdown_table(["run", *_MEASURES, "accuracy gap", quality, "baseline"], rows)
+    others = {"top-5": report.top5, "top-1 on validation": None if report.split == "val" else report.val_top1}
     others |= {f"{quality} on {split.replace('_', ' ')}": number for split, number in report.extra_splits.items()}
-    if any(number is not None for number in others.values()):
-        lines += ["", ", ".join(f"{key} {_number(number)}" for key, number in others.items() if number is not None) + "."]
+    numbers = [f"- {key}: {_number(number)}" for key, number in others.items() if number is not None]
+    lines += ["", *numbers] if numbers else []
     if report.layers:
-        lines += ["", "## Layers", ""]
-        rows = [[layer["name"], f"{layer['neurons']:,}", f"{layer['alive']:,}",
-                 _number(100 * (1 - layer["alive"] / layer["neurons"]) if layer["neurons"] else 0.0)]
+        rows = [[str(layer["name"]), f"{layer['neurons']:,}", f"{layer['alive']:,}", _removed(layer)]
                 for layer in report.layers]  # fmt: skip
-        lines += _markdown_table(["layer", "neurons", "alive", "removed, percent"], rows)
+        lines += ["", "## Layers", "", *_markdown_table(["layer", "neurons", "alive", "removed, percent"], rows)]
     if report.speedup_percent:
-        lines += ["", "## Run time and memory saved by removal", ""]
-        memory = report.memory_saved_percent
-        headings = [f"batch {batch}" for batch in report.speedup_percent] + list(memory)
-        lines += _markdown_table(headings, [[_number(v) for v in (*report.speedup_percent.values(), *memory.values())]])
-        lines += ["", f"Percent; run time of a batch on {report.device or 'this machine'}, memory at batch 1."]
-    lines += ["", *_facts(report)]
-    return "\n".join(lines).rstrip() + "\n"
+        saved = {f"run time, batch {batch}": percent for batch, percent in report.speedup_percent.items()}
+        saved |= {f"memory, {what}": percent for what, percent in report.memory_saved_percent.items()}
+        rows = [[what, _number(percent)] for what, percent in saved.items()]
+        lines += ["", "## Saved by removal", "", *_markdown_table(["", "percent"], rows)]
+        lines += ["", f"Run time on {report.device or 'this machine'}; memory at batch 1."]
+    facts = _facts(report)
+    lines += ["", "## Figures", "", *facts] if facts else []
+    return "\n".join(lines) + "\n"
 
 
 def _sentence(report: Report) -> str:
@@ -241,31 +236,48 @@ def _facts(report: Report) -> list[str]:
     if compact.get("max_abs_difference") is not None:
         facts.append(f"- Largest difference of an output by removal, float64: {compact['max_abs_difference']:.2g}")
     if compact.get("top1") is not None:
-        facts.append(f"- top-1 of the compact network: {_number(compact['top1'])}")
+        facts.append(f"- Top-1 of the compact network: {_number(compact['top1'])}")
     if report.train_seconds:
         rate = f", {report.images_per_second:,.0f} images/s" if report.images_per_second else ""
         facts.append(f"- Training: {report.train_seconds:,.0f} s{rate}")
     return facts
 
 
-def _quality_cells(report: Report, regression: bool) -> tuple[str, str, str]:
-    """(gap, value, baseline)"""
+def _is_regression(report: Report) -> bool:
+    return report.top1 is None and report.rmse is not None
+
+
+def _measure_cells(report: Report) -> list[str]:
+    return [_number(getattr(report, key)) for key in _MEASURES.values()]
+
+
+def _quality_cells(report: Report, regression: bool) -> list[str]:
+    """Gap, value, baseline."""
     if regression:
-        return "–", _number(report.rmse, digits=4), _number(report.baseline_rmse, digits=4)
-    return _signed(report.accuracy_gap), _number(report.top1), _number(report.baseline_top1)
+        return [_NONE, _number(report.rmse, digits=4), _number(report.baseline_rmse, digits=4)]
+    return [_signed(report.accuracy_gap), _number(report.top1), _number(report.baseline_top1)]
+
+
+def _paper_cells(row: PaperRow) -> list[str]:
+    measures = [_number(getattr(row, key)) for key in _MEASURES.values()]
+    return [*measures, _signed(row.accuracy_gap), _number(row.top1), _number(row.baseline_top1)]
+
+
+def _removed(layer: Mapping[str, Any]) -> str:
+    return _number(100 * (1 - layer["alive"] / layer["neurons"]) if layer["neurons"] else 0.0)
 
 
 def _markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["---" if n == 0 and not headings[0].startswith("batch") else "---:" for n in range(len(headings))]
+    rule = ["---", *["---:"] * (len(headings) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
 
 
 def _number(value: float | None, *, digits: int = 2) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return _NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:+.2f}"
+    return _NONE if value is None or not math.isfinite(value) else f"{value:+.2f}"
 
 
 # --- neurons.parquet
@@ -300,8 +312,8 @@ class NeuronLog:
             numbers = np.arange(len(values)) if indices is None else np.asarray(indices[layer])
             if not len(values) == len(alive[layer]) == len(numbers):
                 raise ValueError(
-                    f"neuron log: layer {layer!r} has {len(values)} norms, {len(alive[layer])} alive and {len(numbers)} "
-                    "indices; give one of each for every neuron"
+                    f"neuron log: layer {layer!r} has {len(values)} norms, {len(alive[layer])} alive and "
+                    f"{len(numbers)} indices; give one of each for every neuron"
                 )
             self.records.append(
                 NeuronRecord(epoch, layer, numbers.astype(np.int32), np.asarray(values, np.float32),
@@ -358,7 +370,7 @@ class NeuronLog:
         columns = {key: table[key].to_numpy() for key in ("epoch", "neuron", "norm", "alive")}
         epochs = columns["epoch"]
         # A record is a run of rows of one epoch and one layer.
-        starts = np.flatnonzero(np.r_[True, (np.diff(epochs) != 0) | (np.diff(codes) != 0)]) if len(codes) else []
+        starts = np.flatnonzero(np.r_[True, (np.diff(epochs) != 0) | (np.diff(codes) != 0)][: len(codes)])
         log = cls()
         for start, end in zip(starts, [*starts[1:], len(codes)], strict=False):
             part = slice(start, end)

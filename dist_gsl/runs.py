@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from dist_gsl import artifact, compaction, data, report, timing
+from dist_gsl import artifact, compaction, data, timing
 from dist_gsl.config import RunConfig
 from dist_gsl.measures import measure
 from dist_gsl.neurons import Neurons
@@ -98,6 +97,10 @@ class Trained:
             model.load_state_dict(state["average"])
         return cls(folder, config, data_dir, info, model, neurons, state)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return session.shapes_of(self.config, self.info).image
+
     def batches(self, split: str) -> data.Loader:
         return session.make_loader(self.config, split, self.data_dir, batch_size=256)
 
@@ -126,3 +129,63 @@ def compact_run(trained: Trained, *, say: Say = _silent) -> tuple[compaction.Com
         extra={"run": trained.folder.name},
     )  # fmt: skip
     return compacted, max(difference, compacted.max_abs_difference)
+
+
+def make_report(
+    trained: Trained,
+    *,
+    baseline: Trained | None,
+    recipe: str = "",
+    command: str = "",
+    final: bool = False,
+    say: Say = _silent,
+) -> tuple[Report, compaction.Compacted]:
+    """Compacts a run, evaluates both networks and the baseline, times them. `final` reads the test splits."""
+    config, history = trained.config, trained.state["history"]
+    before = measure(trained.model, trained.neurons)
+    compacted, difference = compact_run(trained, say=say)
+    split = "test" if final else "val"
+    say(f"evaluating on the {'test' if final else 'validation'} split")
+    full = trained.evaluate(trained.model, split)
+    small = trained.evaluate(compacted.model, split)
+    plain = None if baseline is None else baseline.evaluate(baseline.model, split)
+    quality = "top1" if "top1" in full else "rmse"
+    extra = [name for name in trained.info.splits if name not in ("train", "val", "test")] if final else []
+    say("timing the full against the compact network")
+    example = torch.zeros(1, *trained.image_shape)
+    timed = timing.compare(trained.model.float().eval(), compacted.model.eval(), example=example)
+    made = Report(
+        name=trained.folder.name, recipe=recipe, command=command, network=config.network.name, source=trained.info.source,
+        seed=config.train.seed, split=split,
+        top1=full.get("top1"), top5=full.get("top5"), rmse=full.get("rmse"), val_top1=history[-1].get("val_top1"),
+        extra_splits={name: trained.evaluate(trained.model, name)[quality] for name in extra},
+        baseline_top1=None if plain is None else plain.get("top1"),
+        baseline_rmse=None if plain is None else plain.get("rmse"),
+        accuracy_gap=None if plain is None or "top1" not in plain else full["top1"] - plain["top1"],
+        neurons=before.neurons, group_param=before.group_param, total_param=before.total_param,
+        total_induced=before.total_induced, all_neurons=before.all_neurons,
+        layers=[{"name": layer.name, "neurons": layer.starting_neurons, "alive": layer.starting_neurons - layer.num_dead}
+                for layer in trained.neurons],
+        compact={"max_abs_difference": difference, quality: small[quality],
+                 "parameters_before": sum(p.numel() for p in trained.model.parameters()),
+                 "parameters_after": sum(p.numel() for p in compacted.model.parameters())},
+        speedup_percent=timed.speedup_percent, memory_saved_percent=timed.memory_saved_percent,
+        multiply_adds_before=timed.full.multiply_adds, multiply_adds_after=timed.compact.multiply_adds, device=timed.device,
+        train_seconds=sum(row["seconds"] for row in history),
+        images_per_second=sum(row["images_per_second"] for row in history) / len(history),
+    )  # fmt: skip
+    return made, compacted
+
+
+def summary(made: Report) -> dict[str, float | None]:
+    """The final numbers by fixed names, for comparing runs."""
+    names = ("top1", "top5", "rmse", "val_top1", "baseline_top1", "accuracy_gap", "neurons", "group_param", "total_param",
+             "total_induced", "all_neurons", "train_seconds", "images_per_second")  # fmt: skip
+    values = {f"final_{name}": getattr(made, name) for name in names}
+    values |= {f"final_speedup_percent_{size}": value for size, value in made.speedup_percent.items()}
+    return {**values, "final_parameters_after": made.compact["parameters_after"]}
+
+
+def model_requirements() -> list[str]:
+    """What a program written by torch.export needs to be loaded."""
+    return [f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"]

@@ -19,21 +19,30 @@ from dist_gsl.neurons import NeuronLayer, Neurons, Slice
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-# Channelwise with f(0) = 0: what is zero before is zero after.
+# Entry by entry with f(0) = 0: what is zero before is zero after.
 ZERO_PRESERVING_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Softsign,
     nn.Hardswish, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
 ZERO_PRESERVING_FUNCTIONS = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softsign, F.hardswish, F.tanh,
-    F.dropout, F.dropout2d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d,
-    F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.relu, torch.tanh, torch.selu,
-    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+    F.dropout, F.dropout2d, torch.relu, torch.tanh, torch.selu,
 }  # fmt: skip
+# The same over windows of the last so many dimensions.
+POOLED_DIMS: dict[object, int] = {
+    **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), 1),
+    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), 2),
+    **dict.fromkeys((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), 3),
+    **dict.fromkeys(
+        (F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d, torch.max_pool1d), 1
+    ),
+    **dict.fromkeys(
+        (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d), 2
+    ),
+    **dict.fromkeys(
+        (F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d, torch.max_pool3d), 3
+    ),
+}
 ZERO_PRESERVING_METHODS = {"relu", "relu_", "tanh", "tanh_", "contiguous"}
 # Read the shape of a value and not the value.
 SHAPE_ONLY = {"size", "dim", "numel"}
@@ -68,7 +77,8 @@ def find_neurons(model: nn.Module, example_inputs: Tensor) -> Neurons:
     """The neurons of a model, found by following it symbolically; the model is left as it is.
 
     example_inputs: one batch of the shape that the model takes. Call it before DDP wraps the model. `ValueError` if the
-    model cannot be traced, or holds parameters in bfloat16 or float16 (a shrink of 0.1 % rounds away there for ever).
+    model cannot be traced or does not take the inputs, or holds parameters in bfloat16 or float16 (a shrink of 0.1 %
+    rounds away there for ever).
     """
     check_precision(model)
     try:
@@ -102,6 +112,11 @@ def _shapes(graph: fx.GraphModule, model: nn.Module, example_inputs: Tensor) -> 
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         FakeTensorProp(graph, mode).propagate(example_inputs)
+    except Exception as error:
+        raise ValueError(
+            f"find_neurons: {type(model).__name__} does not take example_inputs of shape {tuple(example_inputs.shape)} "
+            f"and {example_inputs.dtype}: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         for module, was_training in training.items():
             module.training = was_training
@@ -120,6 +135,7 @@ class _Tracer:
         self.values: dict[fx.Node, _Channels] = {}
         self.layers: dict[str, _Draft] = {}
         self.calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+        self.read_directly = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
         self.owners = Counter(
             id(p) for module in self.modules.values() for p in module.parameters(recurse=False)
         )
@@ -158,7 +174,9 @@ class _Tracer:
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         name = str(node.target)
-        shared = self.calls[name] > 1 or any(self.owners[id(p)] > 1 for p in module.parameters())
+        shared = self.calls[name] > 1 or any(
+            self.owners[id(p)] > 1 or f"{name}.{key}" in self.read_directly for key, p in module.named_parameters()
+        )
         if isinstance(module, (*Convolution, nn.Linear)):
             self._weighted(node, name, module, shared)
         elif isinstance(module, BatchNorm):
@@ -166,15 +184,19 @@ class _Tracer:
         elif isinstance(module, nn.Flatten):
             self._flatten(node, module.start_dim, module.end_dim)
         elif isinstance(module, ZERO_PRESERVING_MODULES) or (
-            isinstance(module, nn.Hardtanh) and module.min_val <= 0 <= module.max_val
+            isinstance(module, nn.Hardtanh) and float(module.min_val) <= 0 <= float(module.max_val)
         ):
             self._pass(node)
+        elif type(module) in POOLED_DIMS:
+            self._pool(node, POOLED_DIMS[type(module)])
         else:
             self._pin_inputs(node, f"read by {type(module).__name__} {name!r}")
 
     def _function(self, node: fx.Node) -> None:
         if node.target in ZERO_PRESERVING_FUNCTIONS:
             self._pass(node)
+        elif node.target in POOLED_DIMS:
+            self._pool(node, POOLED_DIMS[node.target])
         elif node.target is torch.flatten:
             self._flatten(node, *_flatten_dims(node))
         elif node.target is torch.mean:
@@ -198,11 +220,11 @@ class _Tracer:
         """Convolution or linear layer: reads the channels before it and starts channels of its own."""
         assert isinstance(module, (*Convolution, nn.Linear))
         is_convolution = isinstance(module, Convolution)
-        grouped = is_convolution and module.groups > 1
+        grouped = isinstance(module, Convolution) and module.groups > 1
         rank = len(self.shapes[node.name])
         dim = rank - module.weight.dim() + 1 if is_convolution else rank - 1
         source = self._input(node)
-        plain = all("." not in p for p, _ in module.named_parameters())
+        plain = {p for p, _ in module.named_parameters()} <= {"weight", "bias"}
         if source is not None:
             if shared:
                 source.layer.pin(f"read by {name!r}, whose weights are shared")
@@ -262,6 +284,11 @@ class _Tracer:
         else:
             self.values[node] = _Channels(source.layer, source.dim, source.size * math.prod(shape[start + 1 : end + 1]))
 
+    def _pool(self, node: fx.Node, num_dims: int) -> None:
+        source = self._pass(node)
+        if source is not None and source.dim >= len(self.shapes[node.all_input_nodes[0].name]) - num_dims:
+            source.layer.pin(f"pooled over its own dimension ({node.name})")
+
     def _mean(self, node: fx.Node) -> None:
         """A mean over positions is a pooling; over channels it mixes them."""
         source = self._input(node)
@@ -270,7 +297,9 @@ class _Tracer:
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         rank = len(self.shapes[node.all_input_nodes[0].name])
         positions = [dims] if isinstance(dims, int) else dims
-        if isinstance(positions, (list, tuple)) and all(isinstance(d, int) and d % rank > source.dim for d in positions):
+        if isinstance(positions, (list, tuple)) and all(
+            isinstance(d, int) and d % rank > source.dim for d in positions
+        ):
             self.values[node] = source
         else:
             source.layer.pin(f"read by mean over other dimensions ({node.name})")

@@ -1,5 +1,7 @@
 """Slices, and neurons as a state: killing, copies, saving and loading."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -97,22 +99,22 @@ def test_there_is_no_such_neuron(neurons: Neurons, indices: list[int]) -> None:
 
 
 def test_a_mask_is_not_indices(neurons: Neurons) -> None:
-    with pytest.raises(IndexError, match="conv1.*indices"):
+    with pytest.raises(IndexError, match=r"conv1.*indices"):
         neurons.zero_({"conv1": neurons["conv1"].alive()})
     assert neurons["conv1"].alive().all()
 
 
 def test_pinned_and_unknown_layers_are_refused_by_name(neurons: Neurons) -> None:
-    with pytest.raises(KeyError, match="fc2.*pinned.*outputs"):
+    with pytest.raises(KeyError, match=r"fc2.*pinned.*outputs"):
         neurons.zero_({"fc2": [0]})
-    with pytest.raises(KeyError, match="no layer 'conv9'.*conv1, conv2, fc1"):
+    with pytest.raises(KeyError, match=r"no layer 'conv9'.*conv1, conv2, fc1"):
         neurons["conv9"]
 
 
 # --- saving and loading
 
 
-def test_state_goes_through_a_weights_only_file(neurons: Neurons, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_state_goes_through_a_weights_only_file(neurons: Neurons, tmp_path: Path) -> None:
     neurons.zero_({"conv1": [0, 3], "fc1": [6]})
     torch.save(neurons.state_dict(), tmp_path / "neurons.pt")
     other = find_neurons(chain(seed=1), torch.randn(2, *IMAGE))

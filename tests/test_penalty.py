@@ -1,4 +1,4 @@
-"""The proximal operator four ways (by hand, brute force, degenerate cases, another library), value, schedules, units."""
+"""The proximal operator four ways (by hand, brute force, degenerate cases, another library), value, units."""
 
 import math
 from collections.abc import Callable
@@ -163,7 +163,8 @@ mixtures = st.floats(0, 1, allow_subnormal=False)
 def test_prox_is_firmly_non_expansive(a: np.ndarray, b: np.ndarray, beta: float, alpha: float) -> None:
     """|p - q|^2 <= <p - q, a - b>, which is stronger than |p - q| <= |a - b|, and monotone at once."""
     x, y = torch.from_numpy(a), torch.from_numpy(b)
-    difference = sparse_group_prox(x, t=1.0, beta=beta, alpha=alpha) - sparse_group_prox(y, t=1.0, beta=beta, alpha=alpha)
+    p, q = (sparse_group_prox(rows, t=1.0, beta=beta, alpha=alpha) for rows in (x, y))
+    difference = p - q
     inner = (difference * (x - y)).sum(dim=1)
     assert bool((difference.square().sum(dim=1) <= inner + 1e-9).all())
 
@@ -362,7 +363,7 @@ def test_per_layer() -> None:
     values = PerLayer(rest=2.0, first=1.0, num_first=2, by_layer={"a": 7.0, "d": 9.0})
     assert values.of(["a", "b", "c", "d"]) == {"a": 7.0, "b": 1.0, "c": 2.0, "d": 9.0}
     assert PerLayer(rest=2.0).of(["a", "b"]) == {"a": 2.0, "b": 2.0}
-    with pytest.raises(ValueError, match="'z'.*layers: a, b"):
+    with pytest.raises(ValueError, match=r"'z'.*layers: a, b"):
         PerLayer(by_layer={"z": 1.0}).of(["a", "b"])
 
 
@@ -379,7 +380,7 @@ def test_config_errors_and_interval() -> None:
     assert [PenaltyConfig(every=e).interval for e in ("step", "epoch", "10")] == ["step", "epoch", 10]
     for wrong in ({"unit": "hours"}, {"every": "0"}, {"every": "often"}, {"min_alive": -1}):
         with pytest.raises(ValueError, match=f"penalty.{next(iter(wrong))}"):
-            PenaltyConfig(**wrong)  # type: ignore[arg-type]
+            PenaltyConfig(**wrong)
     assert not PenaltyConfig().enabled
     assert PenaltyConfig(beta=PerLayer(first=1.0)).enabled
 
@@ -393,8 +394,9 @@ def penalty_of(
 
 def test_make_penalty_follows_the_config(neurons: Neurons) -> None:
     config = PenaltyConfig(
-        beta=PerLayer(rest=2.0, first=1.0), beta_schedule=Schedule(start=1.0, ramp=1.0, end=3.0), alpha=PerLayer(rest=0.5)
-    )
+        beta=PerLayer(rest=2.0, first=1.0), beta_schedule=Schedule(start=1.0, ramp=1.0, end=3.0),
+        alpha=PerLayer(rest=0.5),
+    )  # fmt: skip
     penalty = penalty_of(config, neurons, steps_per_epoch=10, learning_rate=lambda step: 0.1)
     assert penalty.strength("conv1", 9) == (0.0, 0.5)
     assert penalty.strength("conv1", 15) == (0.5, 0.5)
@@ -461,6 +463,11 @@ def test_unknown_layers_are_refused(neurons: Neurons) -> None:
 
 def test_layers_of_the_same_number_of_epochs_share_one_search(neurons: Neurons) -> None:
     asked: list[int] = []
+
+    def rate(step: int) -> float:
+        asked.append(step)
+        return 0.1
+
     config = PenaltyConfig(beta=PerLayer(rest=10.0), unit="epochs", alpha=PerLayer(rest=0.5))
-    penalty_of(config, neurons, steps_per_epoch=10, learning_rate=lambda step: asked.append(step) or 0.1)
+    penalty_of(config, neurons, steps_per_epoch=10, learning_rate=rate)
     assert asked == list(range(10, 110))

@@ -46,13 +46,13 @@ class Difficulty:
 
     fill: tuple[float, float] = (0.62, 0.95)
     """Longest side of the character's box, as a share of the image side."""
-    stretch: float = 0.25
+    stretch: float = 0.2
     """Width and height are each multiplied by exp(u), u uniform in [-stretch, stretch]."""
-    rotation_degrees: float = 15.0
+    rotation_degrees: float = 10.0
     """Rotation is uniform in [-rotation_degrees, rotation_degrees]."""
-    shear: float = 0.3
+    shear: float = 0.2
     """Horizontal shift per unit of height, uniform in [-shear, shear]."""
-    shift: float = 2.5
+    shift: float = 1.5
     """Horizontal and vertical displacement, each uniform in [-shift, shift]."""
     neighbour_probability: float = 0.75
     """Chance of a neighbouring character, for each side."""
@@ -62,21 +62,21 @@ class Difficulty:
     """Chance that strokes are thickened or thinned."""
     contrast: tuple[float, float] = (40.0, 200.0)
     """Difference of level between character and background."""
-    gradient: float = 0.6
+    gradient: float = 0.5
     """Largest change of background across the image, as a share of the contrast."""
-    texture: float = 0.3
+    texture: float = 0.25
     """Largest standard deviation of the background's smooth texture, as a share of the contrast."""
     shadow_probability: float = 0.2
     """Chance of a drop shadow."""
     streak_probability: float = 0.12
     """Chance of a straight streak (a scratch, an edge of the sign) across the crop."""
-    blur: tuple[float, float] = (0.0, 1.1)
+    blur: tuple[float, float] = (0.0, 1.0)
     """Standard deviation of the Gaussian blur."""
     low_resolution_probability: float = 0.5
     """Chance that the crop was smaller and enlarged to the image side."""
-    low_resolution: tuple[float, float] = (1.0, 2.3)
+    low_resolution: tuple[float, float] = (1.0, 2.0)
     """Factor by which such a crop was enlarged."""
-    noise: tuple[float, float] = (0.0, 10.0)
+    noise: tuple[float, float] = (0.0, 9.0)
     """Standard deviation of the sensor noise."""
     jpeg_probability: float = 0.35
     """Chance of JPEG compression."""
@@ -135,7 +135,7 @@ class Split:
 
 
 SPLITS: Final[dict[str, Split]] = {
-    "train": Split(stream=0, count=20_000, fonts=Fonts.SEEN),
+    "train": Split(stream=0, count=16_000, fonts=Fonts.SEEN),
     "val": Split(stream=1, count=5_000, fonts=Fonts.SEEN),
     "test": Split(stream=2, count=10_000, fonts=Fonts.SEEN),
     "test_fonts": Split(stream=3, count=5_000, fonts=Fonts.UNSEEN),
