@@ -115,6 +115,15 @@ class Prediction:
     values: list[float]
     """For regression the network's outputs; otherwise empty."""
 
+    def __str__(self) -> str:
+        """As "a.png: E 97.3 %, F 1.2 %", or for regression "a.png: angle 31.4"."""
+        if self.values:
+            names = self.classes or [""] * len(self.values)
+            parts = [f"{name} {value:.4g}".strip() for name, value in zip(names, self.values, strict=False)]
+        else:
+            parts = [f"{c} {100 * p:.1f} %" for c, p in zip(self.classes, self.probabilities, strict=True)]
+        return f"{self.path}: {', '.join(parts)}"
+
 
 def save_compact(
     directory: Path,

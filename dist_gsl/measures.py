@@ -38,16 +38,17 @@ def measure(model: nn.Module, neurons: Neurons) -> Measures:
     Totals are those of the starting network; layers whose neurons are pinned count as alive. A network without
     convolutions has 0 in the first three.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     sizes = _Sizes(neurons, parameters)
     convolutions = [layer for layer in neurons.all_layers if layer.kind == "conv"]
     last = [layer for layer in neurons.all_layers if layer.kind == "linear"][-1:]
-    conv_tensors = list(dict.fromkeys(piece.tensor for layer in convolutions for piece in layer.producers))
+    owned = [piece.tensor for layer in convolutions for piece in layer.producers]
+    conv_tensors = list({parameters[name]: name for name in owned}.values())  # a shared one counts once
     last_tensors = [piece.tensor for layer in last for piece in layer.producers]
 
     total = sum(sizes.starting(name) for name in conv_tensors)
     in_dead = sum(layer.num_dead * layer.group_size for layer in convolutions)
-    zeros = sum(_zeros_in_live(layer, sizes, parameters) for layer in convolutions)
+    zeros = sum(sizes.live_zeros(name) for name in conv_tensors)
     both = conv_tensors + last_tensors
     induced = sum(sizes.starting(name) - sizes.live(name) for name in both)
     return Measures(
@@ -55,7 +56,10 @@ def measure(model: nn.Module, neurons: Neurons) -> Measures:
         group_param=_percent(in_dead, total),
         total_param=_percent(in_dead + zeros, total),
         total_induced=_percent(induced, sum(sizes.starting(name) for name in both)),
-        all_neurons=_percent(sum(n.num_dead for n in neurons.all_layers), sum(n.starting_neurons for n in neurons.all_layers)),
+        all_neurons=_percent(
+            sum(layer.num_dead for layer in neurons.all_layers),
+            sum(layer.starting_neurons for layer in neurons.all_layers),
+        ),
     )
 
 
@@ -63,7 +67,7 @@ class _Sizes:
     """Entries of each tensor in the starting network, and of those the ones that no dead neuron owns or feeds."""
 
     def __init__(self, neurons: Neurons, parameters: dict[str, nn.Parameter]) -> None:
-        self.shapes = {name: list(p.shape) for name, p in parameters.items()}
+        self.parameters = parameters
         self.pieces: dict[tuple[str, int], list[tuple[NeuronLayer, Slice]]] = {}
         for layer in neurons.all_layers:
             for piece in (*layer.producers, *layer.readers):
@@ -74,27 +78,25 @@ class _Sizes:
         return math.prod(
             size + sum((layer.starting_neurons - layer.num_neurons) * piece.index.shape[1]
                        for layer, piece in self.pieces.get((name, dim), []))
-            for dim, size in enumerate(self.shapes[name])
+            for dim, size in enumerate(self.parameters[name].shape)
         )
 
     def live(self, name: str) -> int:
-        return math.prod(len(self.live_positions(name, dim)) for dim in range(len(self.shapes[name])))
+        return math.prod(len(self.live_positions(name, dim)) for dim in range(len(self.parameters[name].shape)))
 
     def live_positions(self, name: str, dim: int) -> Tensor:
-        live = torch.ones(self.shapes[name][dim], dtype=torch.bool)
+        live = torch.ones(self.parameters[name].shape[dim], dtype=torch.bool)
         for layer, piece in self.pieces.get((name, dim), []):
             live[piece.index[~layer.mask].flatten()] = False
         return live.nonzero().flatten()
 
-
-def _zeros_in_live(layer: NeuronLayer, sizes: _Sizes, parameters: dict[str, nn.Parameter]) -> int:
-    zeros = 0
-    for piece in layer.producers:
-        tensor = parameters[piece.tensor].detach()
+    def live_zeros(self, name: str) -> int:
+        """Entries that are 0 though no dead neuron owns or feeds them."""
+        tensor = self.parameters[name].detach()
         for dim in range(tensor.dim()):
-            tensor = tensor.index_select(dim, sizes.live_positions(piece.tensor, dim).to(tensor.device))
-        zeros += int((tensor == 0).sum())
-    return zeros
+            tensor = tensor.index_select(dim, self.live_positions(name, dim).to(tensor.device))
+        return int((tensor == 0).sum())
+
 
 
 def _percent(part: float, whole: float) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_gsl.neurons import NeuronLayer, Neurons
-from dist_gsl.penalty import Prox, SparseGroupLasso
+from dist_gsl.penalty import Prox, SparseGroupLasso, row_norms
 from dist_gsl.tracing import check_precision
 
 log = logging.getLogger(__name__)
@@ -173,13 +173,12 @@ class ProximalSGD(torch.optim.Optimizer):
                     "(min_alive). Lower beta for this layer or start it later",
                     stacklevel=2,
                 )
-            if prox.dead is None:
-                continue
-            dead = prox.dead.to(layer.mask.device)
-            if self.revive:
-                layer.mask = ~dead
-            elif bool((dead & layer.mask).any()):
-                self.neurons.zero_({name: (dead & layer.mask).nonzero().flatten()})
+            if self.revive:  # without penalty too: a neuron that was zero may have come back since
+                layer.mask = (row_norms(self.neurons.parts(layer)) > 0).to(layer.mask.device)
+            elif prox.dead is not None:
+                dead = prox.dead.to(layer.mask.device) & layer.mask
+                if bool(dead.any()):
+                    self.neurons.zero_({name: dead.nonzero().flatten()})
         self._proxes = {}
 
     # --- state
@@ -196,6 +195,8 @@ class ProximalSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, masks included. `ValueError` if it is of another network."""
         state = dict(state_dict)
+        if "neurons" not in state:
+            raise ValueError("ProximalSGD: the state has no neurons, so another optimizer's; load one that ProximalSGD gave")
         self.neurons.load_state_dict(state.pop("neurons"))
         self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
         super().load_state_dict(state)

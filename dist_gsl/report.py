@@ -161,14 +161,16 @@ def print_table(reports: Sequence[Report], console: Console) -> None:
     batch = max((batch for report in reports for batch in report.speedup_percent), key=int, default=None)
     splits = {report.split for report in reports}
     where = f" on {splits.pop()}" if len(splits) == 1 else ""
-    title = f"Zero neurons and parameters, {quality}{where}, run time saved: percent"
+    title = f"Zero neurons and parameters, run time saved, top-1{where}: percent"
+    if regression:
+        title = f"Zero neurons and parameters, run time saved: percent; rmse{where}"
     papers = [row for network in dict.fromkeys(r.network for r in reports) for row in paper_rows(network)]
     papers = [] if regression else papers
+    wide = console.width >= 88
+    source = f"paper: on {' and '.join(sorted({row.data for row in papers}))}, run time on a K20m" if papers else None
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
-        padding=(0, 1 if console.width >= 100 else 0, 0, 0),
-        caption=f"paper: on {' and '.join(sorted({row.data for row in papers}))}, run time on a K20m" if papers else None,
-        caption_justify="left",
+        padding=(0, 1 if wide else 0, 0, 0), caption=source, caption_justify="left",
     )  # fmt: skip
     table.add_column("run", overflow="fold", min_width=14)
     for heading in (*_MEASURES, "accuracy gap", quality, "baseline"):
@@ -235,8 +237,9 @@ def _facts(report: Report) -> list[str]:
         facts.append(f"- Multiply-adds an image: {before:,.1f} million before, {after:,.1f} million after")
     if compact.get("max_abs_difference") is not None:
         facts.append(f"- Largest difference of an output by removal, float64: {compact['max_abs_difference']:.2g}")
-    if compact.get("top1") is not None:
-        facts.append(f"- Top-1 of the compact network: {_number(compact['top1'])}")
+    for key, heading, digits in (("top1", "Top-1", 2), ("rmse", "Rmse", 4)):
+        if compact.get(key) is not None:
+            facts.append(f"- {heading} of the compact network: {_number(compact[key], digits=digits)}")
     if report.train_seconds:
         rate = f", {report.images_per_second:,.0f} images/s" if report.images_per_second else ""
         facts.append(f"- Training: {report.train_seconds:,.0f} s{rate}")

@@ -48,7 +48,7 @@ class Comparison:
     full: Size
     compact: Size
     device: str
-    """As "cpu, 2 threads", or the accelerator's name."""
+    """As "CPU, 2 threads", or the accelerator's name."""
     speedup_percent: dict[str, float] = field(init=False)
     """{"1": percent of run time saved at batch 1, ...}."""
     memory_saved_percent: dict[str, float] = field(init=False)
@@ -109,7 +109,8 @@ def compare(
             _time(networks, one.expand(n, *one.shape[1:]).contiguous(), repeats=repeats, seconds=share)
             for n in batch_sizes
         ]
-        where = f"cpu, {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        where = f"CPU, {count} thread{'' if count == 1 else 's'}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     return Comparison(timings=timings, full=sizes[0], compact=sizes[1], device=where)

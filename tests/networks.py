@@ -14,7 +14,10 @@ NUM_CLASSES = 3
 
 
 def chain(*, batch_norm: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Two convolutions, a flatten of 2 x 2 maps, two linear layers: (N, 2, 8, 8) -> (N, 3)."""
+    """Two convolutions, a flatten of 2 x 2 maps, two linear layers: (N, 2, 8, 8) -> (N, 3).
+
+    The neurons of a layer differ in strength, so that a penalty kills a few early and others later.
+    """
     torch.manual_seed(seed)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["conv1"] = nn.Conv2d(2, 6, 3, padding=1)
@@ -26,6 +29,10 @@ def chain(*, batch_norm: bool = True, seed: int = 0, dtype: torch.dtype = torch.
         parts["bn2"] = nn.BatchNorm2d(8)
     parts["relu2"], parts["pool2"], parts["flatten"] = nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()
     parts["fc1"], parts["relu3"], parts["fc2"] = nn.Linear(8 * 4, 7), nn.ReLU(), nn.Linear(7, NUM_CLASSES)
+    with torch.no_grad():
+        for name in ("conv1", "bn1", "conv2", "bn2", "fc1"):
+            for p in parts[name].parameters() if name in parts else ():
+                p.mul_(torch.linspace(0.1, 1.5, len(p)).view(-1, *[1] * (p.dim() - 1)))
     return nn.Sequential(parts).to(dtype)
 
 
