@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -206,12 +207,9 @@ def _with_overrides(recipe: str, config, arguments: list[str]):  # type: ignore[
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        lines = [line.strip(" │") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        message = []
-        for line in lines:
-            if line.startswith("──"):
-                break
-            message.append(line)
+        # A box, drawn or not: its title, what is wrong, a rule, where help is.
+        lines = [line.strip(" │|─-+╭╮╰╯") for line in complaint.getvalue().splitlines()[1:]]
+        message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines))
         raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: )", "", " ".join(message))) from None
 
 

@@ -81,22 +81,25 @@ def run(
 
     `ValueError` for what the user gave, before anything is written.
     """
-    steps = Steps(console)
-    try:
-        data_dir = launch.prepare_data(config, progress=steps)
-    finally:
-        steps.close()
-    config = replace(config, data=replace(config.data, dir=str(data_dir)))
-    # Shapes and layer names are checked here: an error in a worker comes late and far away.
-    session.dry_build(config, session.shapes_of(config, data.dataset_info(data_dir)))
-    plain = replace(config, penalty=config.penalty.without())
-    folder = check_name(runs_dir, name, resume=resume, config=config)
+    data_dir = config.data.directory().absolute()
+    settled = replace(config, data=replace(config.data, dir=str(data_dir)))
+    plain = replace(settled, penalty=config.penalty.without())
+    # What can be refused without work is refused before any; an error in a worker comes late and far away.
+    folder = check_name(runs_dir, name, resume=resume, config=settled)
     baseline = None
     if baseline_name is not None:
         baseline = RunFolder.existing(runs_dir / baseline_name)
     elif with_baseline:
         exists = (runs_dir / f"{name}{BASELINE}").exists()
         baseline = check_name(runs_dir, f"{name}{BASELINE}", resume=resume and exists, config=plain)
+    launch.check_machine(config.workers)
+    steps = Steps(console)
+    try:
+        launch.prepare_data(config, progress=steps)
+    finally:
+        steps.close()
+    session.dry_build(config, session.shapes_of(config, data.dataset_info(data_dir)))
+    config = settled
     with launch.ray_cluster(config.workers) as resources:
         if baseline is not None and baseline_name is None:
             _train_and_report(plain, baseline, resources, data_dir, recipe=recipe, command=command, console=console,

@@ -51,11 +51,8 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
     """
     import ray
 
+    check_machine(workers)
     address = workers.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        available = os.cpu_count() or 1
-        if workers.num * workers.cpus > available:
-            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "this machine"))
     started = not ray.is_initialized()
     if started:
         try:
@@ -75,6 +72,13 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
     finally:
         if started:
             ray.shutdown()
+
+
+def check_machine(workers: WorkersConfig) -> None:
+    """`ValueError` where no cluster is named and this machine has too few CPUs."""
+    available = os.cpu_count() or 1
+    if not (workers.address or os.environ.get("RAY_ADDRESS")) and workers.num * workers.cpus > available:
+        raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "this machine"))
 
 
 def _too_many(workers: WorkersConfig, kind: str, need: float, available: float, where: str) -> str:

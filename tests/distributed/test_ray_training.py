@@ -1,0 +1,154 @@
+"""The command line on a real Ray: train, resume, refuse, report, evaluate; two workers against one."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dist_gsl
+from dist_gsl import runs
+from dist_gsl.cli import main
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # Ray's and MLflow's own
+]
+
+SMALL = ["--train.epochs", "3", "--penalty.beta.rest", "0.8", "--penalty.beta-schedule.start", "0", "--penalty.beta-schedule.end", "3"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with digits written and one finished run with its baseline."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert main(["train", "digits", "--name", "first", "--baseline", *SMALL]) == 0
+        yield folder
+
+
+def test_the_run_folder_is_complete(directory: Path) -> None:
+    run = directory / "runs" / "first"
+    report = json.loads((run / "report.json").read_text())
+    wanted = {"top1", "top5", "baseline_top1", "accuracy_gap", "neurons", "group_param", "total_param", "total_induced",
+              "layers", "compact", "speedup_percent", "memory_saved_percent", "train_seconds", "seed"}  # fmt: skip
+    assert wanted <= set(report)
+    assert report["neurons"] > 5
+    assert report["compact"]["max_abs_difference"] < 1e-9
+    assert report["compact"]["parameters_after"] < report["compact"]["parameters_before"]
+    assert set(report["speedup_percent"]) == {"1", "2", "8", "16"}
+    assert report["split"] == "val"
+    for name in ("config.yaml", "report.md", "neurons.parquet", "compact/architecture.json", "compact/weights.safetensors",
+                 "compact/model.pt2", "plots/neurons.png", "plots/learning.png"):  # fmt: skip
+        assert (run / name).is_file(), name
+    kept = sorted(p.name for p in (run / "checkpoints").glob("epoch-*"))
+    assert "epoch-0003" in kept
+    assert len(kept) <= 3
+
+
+def test_the_compact_network_is_the_trained_one(directory: Path) -> None:
+    run = runs.RunFolder.existing(directory / "runs" / "first")
+    trained = runs.Trained.load(run)
+    small = dist_gsl.load(run.compact_dir).double().eval()
+    images = next(iter(trained.batches("val"))).images.double()
+    with torch.no_grad():
+        full, compact = trained.model.double().eval()(images), small(images)
+    assert float((full - compact).abs().max()) <= 1e-9 * float(full.abs().max())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in trained.model.parameters())
+
+
+def test_tracking_has_both_runs(directory: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("dist_gsl")
+    assert experiment is not None
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(found) >= {"first", "first-baseline"}
+    run = found["first"]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.epochs"] == "3"
+    assert run.data.metrics["final_neurons"] > 5
+    history = client.get_metric_history(run.info.run_id, "val_top1")
+    assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_a_used_name_is_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(directory.rglob("*"))
+    assert main(["train", "digits", "--name", "first", *SMALL]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", "digits", "--name", "first", "--resume", "--train.epochs", "9"]) == 2
+    assert "train.epochs is 9" in capsys.readouterr().err
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_evaluate_reads_a_users_image(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sklearn.datasets import load_digits
+
+    digit = load_digits().images[0]  # a zero
+    Image.fromarray((digit * 15.9).astype(np.uint8)).resize((96, 96)).save(directory / "zero.png")
+    assert main(["evaluate", "runs/first", "zero.png"]) == 0
+    assert "zero.png" in capsys.readouterr().out
+    (directory / "broken.png").write_bytes(b"no image")
+    assert main(["evaluate", "runs/first", "broken.png"]) == 2
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_final_reads_the_test_split(directory: Path) -> None:
+    assert main(["report", "runs/first", "--final"]) == 0
+    report = json.loads((directory / "runs" / "first" / "report.json").read_text())
+    assert report["split"] == "test"
+    assert report["accuracy_gap"] is not None
+
+
+def test_resume_ends_where_the_uninterrupted_run_ends(directory: Path) -> None:
+    """A run whose driver is killed after the first epoch and which is resumed has, bit for bit, the parameters of the
+    run that was not."""
+    snapshot = directory / "runs" / "cut" / "checkpoints" / "checkpoint_manager_snapshot.json"
+    command = [sys.executable, "-m", "dist_gsl.cli", "train", "digits", "--name", "cut", *SMALL]
+    driver = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 180
+        while not (snapshot.exists() and "epoch-0001" in snapshot.read_text()):
+            assert driver.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < end, "no checkpoint within three minutes"
+            time.sleep(0.02)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert "epoch-0003" not in snapshot.read_text()
+    assert main(["train", "digits", "--name", "cut", "--resume", *SMALL]) == 0
+    whole, cut = (runs.RunFolder(directory / "runs" / name).state() for name in ("first", "cut"))
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, cut["model"][name]), name
+    assert [row["val_loss"] for row in whole["history"]] == [row["val_loss"] for row in cut["history"]]
+    assert [row["alive"] for row in whole["history"]] == [row["alive"] for row in cut["history"]]
+
+
+def test_two_workers_are_one_worker_on_the_joined_batch(directory: Path) -> None:
+    """Without BatchNorm, whose statistics are each worker's own."""
+    options = ["--network.batch-norm", "False", "--train.learning-rate", "0.01", "--train.epochs", "2", "--no-tracking",
+               "--penalty.beta.rest", "1", "--penalty.beta-schedule.start", "0", "--penalty.beta-schedule.end", "2"]  # fmt: skip
+    assert main(["train", "digits", "--name", "one", "--workers.num", "1", *options]) == 0
+    assert main(["train", "digits", "--name", "two", "--workers.num", "2", *options]) == 0
+    one, two = (runs.RunFolder(directory / "runs" / name).state() for name in ("one", "two"))
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(tensor, two["model"][name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for name, layer in one["optimizer"]["neurons"].items():
+        assert torch.equal(layer["mask"], two["optimizer"]["neurons"][name]["mask"])
+
+
+def test_regression(directory: Path) -> None:
+    assert main(["train", "rotated-digits", "--name", "turned", "--train.epochs", "2", "--no-tracking"]) == 0
+    report = json.loads((directory / "runs" / "turned" / "report.json").read_text())
+    assert report["top1"] is None
+    assert 0 < report["rmse"] < 1
+

@@ -1,0 +1,78 @@
+"""The command line: wrong input is one line and exit code 2, and leaves nothing behind."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_gsl.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "dec3-char"], "no recipe is called 'dec3-char'; did you mean dec3-chars?"),
+        (["train", "dec3-chars", "--train.epoch", "3"], "did you mean train.epochs?"),
+        (["train", "dec3-chars", "--train.epochs", "x"], "--train.epochs"),
+        (["train", "dec3-chars", "--train.epochs", "0"], "train.epochs is 0, must be at least 1"),
+        (["train", "dec3-chars", "--penalty.alpha.rest", "1.5"], "alpha is 1.5, must lie in [0, 1]"),
+        (["train", "dec3-chars", "--penalty.beta.rest", "-1"], "beta is -1.0, must be a finite number >= 0"),
+        (["train", "dec3-chars", "--workers.num", "64"], "64 workers need 64 CPUs, this machine has"),
+        (["train", "dec3-chars", "--data.dir", "nowhere"], "nowhere"),
+        (["train", "dec3-chars", "--data.source", "chairs"], "unknown data source 'chairs'"),
+        (["train", "dec8-imagenet-gs"], "needs a folder"),
+        (["train", "digits", "--resume"], "--resume needs the --name"),
+        (["train", "digits", "--resume", "--name", "never"], "there is no run 'never'"),
+        (["train", "digits", "--name", "a/b"], "must be a plain name"),
+        (["train", "digits", "--baseline", "--baseline-run", "x"], "not both"),
+        (["train", "digits", "--train.loss", "square"], "use --train.loss cross-entropy"),
+        (["train", "digits", "--penalty.reference-layer", "conv9"], "'conv9' is no layer with neurons"),
+        (["train", "digits", "extra"], "'extra' is neither a field nor an option"),
+        (["train", "nowhere/config.yaml"], "config nowhere/config.yaml: cannot be read"),
+        (["data", "check", "nothing.beton"], "nothing.beton is missing"),
+        (["data", "write", "chairs", "out"], "unknown data source 'chairs'"),
+        (["compact", "nowhere"], "nowhere is not a run's folder"),
+        (["report", "nowhere"], "nowhere is not a run's folder"),
+        (["evaluate", "nowhere", "a.png"], "nowhere is not a run's folder"),
+        (["bench", "nowhere"], "nowhere is not a run's folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+    assert [p for p in tmp_path.rglob("*") if p.parts[len(tmp_path.parts)] != "data"] == []  # embedded data may be made
+
+
+def test_a_foreign_data_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "holiday.beton"
+    file.write_bytes(b"not a beton" * 100)
+    assert main(["data", "check", str(file)]) == 2
+    assert "is not a beton" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"], ["data", "write", "--help"], ["report", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert "dist-gsl" in capsys.readouterr().out
+
+
+def test_help_lists_the_recipes_and_their_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    assert "dec8-768-places2-sgl" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "digits", "--help"])
+    assert "--penalty.beta.rest" in capsys.readouterr().out
+
+
+def test_unknown_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["trian"], ["compact", "runs/x", "--frce"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
