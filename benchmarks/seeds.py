@@ -23,9 +23,16 @@ def main() -> None:
         if any(made.split != "test" for made in reports):
             sys.exit(f"{recipe}: a report is not on the test split; run `dist-gsl report RUN_DIR --final` first")
         cells = [mean_and_error([getattr(made, column) for made in reports]) for column in COLUMNS]
-        extra = {name: mean_and_error([made.extra_splits[name] for made in reports]) for name in reports[0].extra_splits}
-        print(f"| {recipe} | {', '.join(str(made.seed) for made in reports)} | " + " | ".join(cells) + " | "
-              + ", ".join(f"{name} {value}" for name, value in extra.items()) + " |")
+        extra = {
+            name: mean_and_error([made.extra_splits[name] for made in reports]) for name in reports[0].extra_splits
+        }
+        print(
+            f"| {recipe} | {', '.join(str(made.seed) for made in reports)} | "
+            + " | ".join(cells)
+            + " | "
+            + ", ".join(f"{name} {value}" for name, value in extra.items())
+            + " |"
+        )
 
 
 def mean_and_error(values: list[float]) -> str:

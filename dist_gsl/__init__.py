@@ -7,6 +7,7 @@ The mathematics needs torch alone and works in any training loop::
     small = dist_gsl.compact(model, neurons).model
 """
 
+from dist_gsl.artifact import load
 from dist_gsl.compaction import Compacted, compact
 from dist_gsl.measures import Measures, measure
 from dist_gsl.models import create_model
@@ -28,6 +29,7 @@ __all__ = [
     "compact",
     "create_model",
     "find_neurons",
+    "load",
     "measure",
     "sparse_group_prox",
 ]

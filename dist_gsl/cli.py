@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dist_gsl import __version__
+from dist_gsl.config import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
             self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
     parser = OneLine(
-        prog="dist-gsl", description="Train networks that find their own number of neurons, and keep only those.",
+        prog="dist-gsl",
+        description="Train networks that find their own number of neurons, and keep only those.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dist-gsl {__version__}")
@@ -72,10 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="write and check data files", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=OneLine)
     write = actions.add_parser("write", help="write a source's splits as .beton files")
-    write.add_argument("source", help="chars, digits, rotated-digits, or imagefolder:PATH (PATH/train/CLASS/*.jpg, PATH/val/...)")
+    write.add_argument(
+        "source", help="chars, digits, rotated-digits, or imagefolder:PATH (PATH/train/CLASS/*.jpg, PATH/val/...)"
+    )
     write.add_argument("out_dir", type=Path)
     write.add_argument("--seed", type=int, default=0, help="seed of rendered and drawn sources (%(default)s)")
-    write.add_argument("--max-side", type=int, default=400, help="longest side of stored colour images in pixels (%(default)s)")
+    write.add_argument(
+        "--max-side", type=int, default=400, help="longest side of stored colour images in pixels (%(default)s)"
+    )
     write.add_argument("--jpeg-quality", type=int, default=90, help="1 to 100 (%(default)s)")
     check = actions.add_parser("check", help="is this file whole and readable?")
     check.add_argument("file", type=Path)
@@ -91,10 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("-h", "--help", action="store_true", help="this text; with RECIPE, its fields and their values")
     train.add_argument("--name", help="the run's name (RECIPE-DATE-TIME)")
     train.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
-    train.add_argument("--resume", action="store_true", help="go on with the run of this --name from its last checkpoint")
-    train.add_argument("--baseline", action="store_true", help="train the same without penalty first, and report the gap to it")
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run of this --name from its last checkpoint"
+    )
+    train.add_argument(
+        "--baseline", action="store_true", help="train the same without penalty first, and report the gap to it"
+    )
     train.add_argument("--baseline-run", metavar="NAME", help="report the gap to an earlier run instead")
-    train.add_argument("--dry-run", action="store_true", help="check config, shapes and cluster, without data, and stop")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check config, shapes and cluster, without data, and stop"
+    )
     train.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
 
     compact = commands.add_parser("compact", help="remove a run's dead neurons and write RUN_DIR/compact/")
@@ -102,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="the table, report.json and plots of runs")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     report.add_argument("--baseline-run", metavar="NAME", help="the baseline's name (the run's own, NAME-baseline)")
-    report.add_argument("--final", action="store_true", help="read the test split, once you have chosen; else validation")
+    report.add_argument(
+        "--final", action="store_true", help="read the test split, once you have chosen; else validation"
+    )
     evaluate = commands.add_parser("evaluate", help="classify your own images with a run's compact network")
     evaluate.add_argument("run_dir", type=Path)
     evaluate.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
@@ -137,12 +151,21 @@ def _data(options: argparse.Namespace, console: Console) -> int:
 
     if options.action == "check":
         info = data.check(options.file, full=True)
-        console.print(f"{options.file}: {info.num_samples:,} samples, {info.channels} channel(s), whole", highlight=False)
+        console.print(
+            f"{options.file}: {info.num_samples:,} samples, {info.channels} channel(s), whole", highlight=False
+        )
         return 0
     steps = Steps(console)
     try:
-        files = data.write(options.source, options.out_dir, seed=options.seed, max_side=options.max_side,
-                           jpeg_quality=options.jpeg_quality, num_workers=os.cpu_count() or 1, progress=steps)
+        files = data.write(
+            options.source,
+            options.out_dir,
+            seed=options.seed,
+            max_side=options.max_side,
+            jpeg_quality=options.jpeg_quality,
+            num_workers=os.cpu_count() or 1,
+            progress=steps,
+        )
     finally:
         steps.close()
     for split, path in files.items():
@@ -158,7 +181,9 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str], c
             raise ValueError("train: name a recipe or a config.yaml; `dist-gsl train --help` lists the recipes")
         _train_help()
         return 0
-    config = _with_overrides(options.recipe, recipes.find(options.recipe), [*rest, *(["--help"] if options.help else [])])
+    config = _with_overrides(
+        options.recipe, recipes.find(options.recipe), [*rest, *(["--help"] if options.help else [])]
+    )
     if options.baseline and options.baseline_run:
         raise ValueError("train: give --baseline or --baseline-run, not both")
     if options.dry_run:
@@ -175,7 +200,9 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str], c
         track=not options.no_tracking,
     )  # fmt: skip
     report.print_table([made], console)
-    console.print(f"run: {options.runs / name}   plots: {options.runs / name / 'plots'}   MLflow: dist-gsl ui", highlight=False)
+    console.print(
+        f"run: {options.runs / name}   plots: {options.runs / name / 'plots'}   MLflow: dist-gsl ui", highlight=False
+    )
     return 0
 
 
@@ -185,18 +212,20 @@ def _train_help() -> None:
     print(subparsers.choices["train"].format_help())
 
 
-def _with_overrides(recipe: str, config, arguments: list[str]):  # type: ignore[no-untyped-def]
+def _with_overrides(recipe: str, config: RunConfig, arguments: list[str]) -> RunConfig:
     """The config with `--any.field value` applied; one line for what does not fit."""
     import tyro
 
-    from dist_gsl.config import RunConfig, check_field, field_names
+    from dist_gsl.config import check_field, field_names
 
     known = [*field_names(), "penalty.beta.by_layer", "penalty.alpha.by_layer"]
     for argument in arguments:
         if argument.startswith("--") and argument != "--help":
             check_field(argument[2:].partition("=")[0].replace("-", "_"), known)
         elif not argument.startswith("-") and argument is arguments[0]:
-            raise ValueError(f"train: {argument!r} is neither a field nor an option; fields look like --train.epochs 20")
+            raise ValueError(
+                f"train: {argument!r} is neither a field nor an option; fields look like --train.epochs 20"
+            )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -213,7 +242,7 @@ def _with_overrides(recipe: str, config, arguments: list[str]):  # type: ignore[
         raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: )", "", " ".join(message))) from None
 
 
-def _dry_run(name: str, config, console: Console) -> int:  # type: ignore[no-untyped-def]
+def _dry_run(name: str, config: RunConfig, console: Console) -> int:
     from dist_gsl import data, launch
     from dist_gsl.recipes import RECIPES
     from dist_gsl.training import session
@@ -228,12 +257,16 @@ def _dry_run(name: str, config, console: Console) -> int:  # type: ignore[no-unt
         raise ValueError(f"train: --dry-run of a config.yaml needs its data, and {directory} holds none")
     neurons = session.dry_build(config, shapes)
     for layer in neurons:
-        console.print(f"  {layer.name:<24} {layer.num_neurons:>5} neurons of {layer.group_size:,} parameters", highlight=False)
+        console.print(
+            f"  {layer.name:<24} {layer.num_neurons:>5} neurons of {layer.group_size:,} parameters", highlight=False
+        )
     for layer_name, reason in neurons.pinned.items():
         console.print(f"  {layer_name:<24} pinned: {reason}", highlight=False)
     with launch.ray_cluster(config.workers) as resources:
         where = "a GPU each" if resources.gpu else f"{config.workers.cpus:g} CPU each"
-        console.print(f"{name}: config and shapes fit; {resources.num_workers} workers with {where} can be had", highlight=False)
+        console.print(
+            f"{name}: config and shapes fit; {resources.num_workers} workers with {where} can be had", highlight=False
+        )
     return 0
 
 
@@ -241,9 +274,15 @@ def _compact(options: argparse.Namespace, console: Console) -> int:
     from dist_gsl import runs
 
     folder = runs.RunFolder.existing(options.run_dir)
-    made = runs.compact_run(runs.Trained.load(folder), say=lambda text: console.print(text, highlight=False))
-    console.print(f"{folder.compact_dir}: outputs differ by at most {made.max_abs_difference:.3g} of {made.max_abs_output:.3g}",
-                  highlight=False)
+    compacted, difference = runs.compact_run(
+        runs.Trained.load(folder), say=lambda text: console.print(text, highlight=False)
+    )
+    left = sum(p.numel() for p in compacted.model.parameters())
+    console.print(
+        f"{folder.compact_dir}: {left:,} parameters; outputs differ by at most {difference:.3g} "
+        f"(largest output {compacted.max_abs_output:.3g})",
+        highlight=False,
+    )
     return 0
 
 
@@ -269,14 +308,31 @@ def _evaluate(options: argparse.Namespace, console: Console) -> int:
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
     import torch
+    from rich.table import Table
 
-    from dist_gsl import compaction, report, runs, timing
+    from dist_gsl import compaction, runs, timing
 
     trained = runs.Trained.load(runs.RunFolder.existing(options.run_dir))
     compacted = compaction.compact(trained.model, trained.neurons)
-    timed = timing.compare(trained.model.eval(), compacted.model.eval(), example=torch.zeros(1, *trained.image_shape),
-                           batch_sizes=(1, 2, 8, 16, 64), seconds=20.0)
-    report.print_comparison(timed, console)
+    timed = timing.compare(
+        trained.model.eval(),
+        compacted.model.eval(),
+        example=torch.zeros(1, *trained.image_shape),
+        batch_sizes=(1, 2, 8, 16, 64),
+        seconds=20.0,
+    )
+    table = Table("batch", "full ms", "compact ms", "time saved %", title=f"run time on {timed.device}")
+    for row in timed.timings:
+        table.add_row(str(row.batch_size), f"{row.full_ms:.3f}", f"{row.compact_ms:.3f}", f"{row.saved_percent:.1f}")
+    console.print(table)
+    for what, before, after in (
+        ("parameters", timed.full.parameters, timed.compact.parameters),
+        ("multiply-adds", timed.full.multiply_adds, timed.compact.multiply_adds),
+        ("bytes of features", timed.full.feature_bytes, timed.compact.feature_bytes),
+    ):
+        console.print(
+            f"{what}: {before:,} -> {after:,} ({timing.saved_percent(before, after):.1f} % saved)", highlight=False
+        )
     return 0
 
 

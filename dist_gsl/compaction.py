@@ -1,6 +1,7 @@
 """Removing dead neurons: (state, dead neurons) -> smaller state, and the proof that the function is the same.
 
-Tensors are cut by name, whatever they are: parameters, running statistics, momentum, moving averages. Imports torch alone.
+Tensors are cut by name, whatever they are: parameters, running statistics, momentum, moving averages. Imports torch
+alone.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ def compact(
     """Removes the dead neurons and every weight that read them, and proves that the function is the same.
 
     The proof: every parameter of a dead neuron is 0; and in float64, in evaluation mode, on random inputs and on
-    `example_inputs`, no output differs by more than 1e-9 of the largest one. `RuntimeError` where that fails or an output
-    is not finite; `ValueError` where a layer would be left empty. What is given is left as it is.
+    `example_inputs`, no output differs by more than 1e-9 of the largest one. `RuntimeError` where that fails or an
+    output is not finite; `ValueError` where a layer would be left empty. What is given is left as it is.
     """
     removal = Removal(neurons)
     check_dead_are_zero(model, neurons)
@@ -138,12 +139,13 @@ def compact(
     difference, largest = max_difference(model, smaller, inputs)
     check_difference(difference, largest)
     state = None if optimizer is None else _cut_optimizer_state(model, optimizer, removal, kept)
-    return Compacted(smaller, kept, state, {layer.name: layer.num_neurons for layer in kept.all_layers}, difference, largest)
+    widths = {layer.name: layer.num_neurons for layer in kept.all_layers}
+    return Compacted(smaller, kept, state, widths, difference, largest)
 
 
 @torch.no_grad()
 def max_difference(model: nn.Module, other: nn.Module, batches: Iterable[Tensor]) -> tuple[float, float]:
-    """(largest absolute difference, largest absolute output) of two models in float64 and evaluation mode, on copies."""
+    """(largest absolute difference, largest absolute output) of two models in float64, evaluation mode, on copies."""
     device = next(model.parameters()).device
     a, b = (copy.deepcopy(m).double().eval() for m in (model, other))
     difference, largest = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -159,8 +161,8 @@ def check_difference(difference: float, largest: float) -> None:
     """`RuntimeError` unless the difference is within 1e-9 of the largest output; what is not finite fails."""
     if not difference <= TOLERANCE * largest < math.inf:
         raise RuntimeError(
-            f"compact: removing the dead neurons moves an output by {difference:.3g} where the largest is {largest:.3g} "
-            f"(allowed {TOLERANCE:g} of it). No network was written"
+            f"compact: removing the dead neurons moves an output by {difference:.3g} where the largest is "
+            f"{largest:.3g} (allowed {TOLERANCE:g} of it). No network was written"
         )
 
 
@@ -170,13 +172,13 @@ def check_dead_are_zero(model: nn.Module, neurons: Neurons) -> None:
         for piece in layer.producers:
             if bool(piece.rows(model.get_parameter(piece.tensor).detach())[~layer.mask].any()):
                 raise RuntimeError(
-                    f"compact: {piece.tensor!r} is not 0 for all dead neurons of {layer.name!r}: the mask calls a neuron dead "
-                    "that is not. No network was written"
+                    f"compact: {piece.tensor!r} is not 0 for all dead neurons of {layer.name!r}: "
+                    "the mask calls a neuron dead that is not. No network was written"
                 )
 
 
 def set_widths(model: nn.Module, neurons: Neurons, indices: Mapping[str, Tensor]) -> tuple[nn.Module, Neurons]:
-    """A network cut to the given neurons of each layer, {layer name: int64 indices}: what a checkpoint is loaded into."""
+    """A network cut to the given neurons of each layer, {layer name: int64 indices}: what a checkpoint loads into."""
     keep = {}
     for layer in neurons:
         keep[layer.name] = torch.zeros(layer.num_neurons, dtype=torch.bool)
@@ -204,12 +206,13 @@ def _cut_optimizer_state(
     state = optimizer.state_dict()
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+    def cut(number: int, value: Any) -> Any:
+        is_like_parameter = isinstance(value, Tensor) and value.dim() > 0
+        return removal.tensor(order[number], value) if is_like_parameter else copy.deepcopy(value)
+
     state["state"] = {
-        number: {
-            key: removal.tensor(order[number], value) if isinstance(value, Tensor) and value.dim() else copy.deepcopy(value)
-            for key, value in entries.items()
-        }
-        for number, entries in state["state"].items()
+        number: {key: cut(number, value) for key, value in entries.items()} for number, entries in state["state"].items()
     }
     if "neurons" in state:
         state["neurons"] = kept.state_dict()

@@ -54,7 +54,9 @@ class RunConfig:
         try:
             values = yaml.safe_load(path.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"config {path}: cannot be read ({type(error).__name__}); name a run's config.yaml") from error
+            raise ValueError(
+                f"config {path}: cannot be read ({type(error).__name__}); name a run's config.yaml"
+            ) from error
         if not isinstance(values, dict):
             raise ValueError(f"config {path}: is not a mapping of fields; name a run's config.yaml")
         return cls.from_dict(values)

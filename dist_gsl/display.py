@@ -38,8 +38,12 @@ class Display(Listener):
 
     def progress(self, epoch: int, step: int, num_steps: int, loss: float, images_per_second: float) -> None:
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=num_steps * self.num_epochs, completed=epoch * num_steps + step,
-                              detail=f"epoch {epoch + 1}  loss {loss:.3f}  {images_per_second:,.0f} images/s")
+            self._bars.update(
+                self._task,
+                total=num_steps * self.num_epochs,
+                completed=epoch * num_steps + step,
+                detail=f"epoch {epoch + 1}  loss {loss:.3f}  {images_per_second:,.0f} images/s",
+            )
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         quality = f"top-1 {record['val_top1']:.2f} %" if "val_top1" in record else f"rmse {record['val_rmse']:.4f}"
@@ -65,8 +69,14 @@ class Steps:
                 self.console.print(f"{what}: {total:,}", highlight=False)
             return
         if self._bars is None:
-            self._bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                  console=self.console, transient=True)
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
             self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)

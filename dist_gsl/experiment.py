@@ -57,8 +57,10 @@ def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) ->
         changed = [key for key in now if before.get(key) != now[key] and not key.startswith("workers.")]
         if changed:
             key = changed[0]
-            raise ValueError(f"--resume: {key} is {now[key]!r}, but run {name!r} was started with {before.get(key)!r}; "
-                             "leave it as it was, or start a new --name")
+            raise ValueError(
+                f"--resume: {key} is {now[key]!r}, but run {name!r} was started with {before.get(key)!r}; "
+                "leave it as it was, or start a new --name"
+            )
     elif resume:
         raise ValueError(f"--resume: there is no run {name!r} in {runs_dir}; leave --resume out to start it")
     return folder
@@ -102,15 +104,44 @@ def run(
     config = settled
     with launch.ray_cluster(config.workers) as resources:
         if baseline is not None and baseline_name is None:
-            _train_and_report(plain, baseline, resources, data_dir, recipe=recipe, command=command, console=console,
-                              baseline=None, track=track, runs_dir=runs_dir)
-        return _train_and_report(config, folder, resources, data_dir, recipe=recipe, command=command, console=console,
-                                 baseline=baseline, track=track, runs_dir=runs_dir)
+            _train_and_report(
+                plain,
+                baseline,
+                resources,
+                data_dir,
+                recipe=recipe,
+                command=command,
+                console=console,
+                baseline=None,
+                track=track,
+                runs_dir=runs_dir,
+            )
+        return _train_and_report(
+            config,
+            folder,
+            resources,
+            data_dir,
+            recipe=recipe,
+            command=command,
+            console=console,
+            baseline=baseline,
+            track=track,
+            runs_dir=runs_dir,
+        )
 
 
 def _train_and_report(
-    config: RunConfig, folder: RunFolder, resources: launch.Resources, data_dir: Path, *, recipe: str,
-    command: Sequence[str], console: Console, baseline: RunFolder | None, track: bool, runs_dir: Path,
+    config: RunConfig,
+    folder: RunFolder,
+    resources: launch.Resources,
+    data_dir: Path,
+    *,
+    recipe: str,
+    command: Sequence[str],
+    console: Console,
+    baseline: RunFolder | None,
+    track: bool,
+    runs_dir: Path,
 ) -> Report:
     is_new = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -152,6 +183,7 @@ def report_run(
     tracker: Tracker | None = None,
 ) -> Report:
     """Removes the dead neurons, measures, writes report and plots. `final` reads the test split, else validation."""
+
     def say(text: str) -> None:
         console.print(f"{folder.name}: {text}", highlight=False)
 
@@ -166,17 +198,22 @@ def report_run(
     files = plots.write_plots(folder.path, history=history, report=made, baseline_history=baseline_history)
     if tracker is not None:
         tracker.summary(runs.summary(made))
-        tracker.artifacts([*files, folder.path / "report.json", folder.path / "report.md", folder.config_file,
-                           folder.path / NEURON_LOG])
+        tracker.artifacts(
+            [
+                *files,
+                folder.path / "report.json",
+                folder.path / "report.md",
+                folder.config_file,
+                folder.path / NEURON_LOG,
+            ]
+        )
         tracker.table("layers", made.layers)
         example = np.zeros((2, *trained.image_shape), dtype=np.float32)
         tracker.model(compacted.model, example, pip_requirements=runs.model_requirements())
     return made
 
 
-def report_again(
-    path: Path, *, final: bool, console: Console, baseline_name: str | None = None
-) -> Report:
+def report_again(path: Path, *, final: bool, console: Console, baseline_name: str | None = None) -> Report:
     """The report of a finished run once more, against the baseline it had; `final` reads the test split."""
     folder = RunFolder.existing(path)
     before = report.load(folder.path) if (folder.path / "report.json").exists() else None

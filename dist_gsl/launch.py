@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -56,11 +57,18 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False,
-                     logging_level="ERROR", configure_logging=True)
+            ray.init(
+                address=address,
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
         except ConnectionError as error:
-            raise ValueError(f"workers.address {address!r}: no Ray cluster answers there; start one with `ray start --head`, "
-                             "or leave the address out to use this machine") from error
+            raise ValueError(
+                f"workers.address {address!r}: no Ray cluster answers there; start one with `ray start --head`, "
+                "or leave the address out to use this machine"
+            ) from error
     try:
         total = ray.cluster_resources()
         if workers.num * workers.cpus > total.get("CPU", 0):
@@ -82,8 +90,9 @@ def check_machine(workers: WorkersConfig) -> None:
 
 
 def _too_many(workers: WorkersConfig, kind: str, need: float, available: float, where: str) -> str:
-    return (f"workers: {workers.num} workers need {need:g} {kind}s, {where} has {available:g}; "
-            "lower --workers.num" + (" or --workers.cpus" if kind == "CPU" else " or set --workers.gpu False"))
+    return f"workers: {workers.num} workers need {need:g} {kind}s, {where} has {available:g}; lower --workers.num" + (
+        " or --workers.cpus" if kind == "CPU" else " or set --workers.gpu False"
+    )
 
 
 def train(
@@ -99,30 +108,30 @@ def train(
 
     `RuntimeError` with the worker's own message where training failed.
     """
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
+    import ray.train
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.queue import Queue
 
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from dist_gsl.training.worker import train_worker
+
+    ray_train: Any = ray.train  # type checkers read the interface of its first version
 
     events = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.to_dict(), "data_dir": str(data_dir), "mlflow_run_id": mlflow_run_id,
                            "events": events},
-        scaling_config=ScalingConfig(
+        scaling_config=ray_train.ScalingConfig(
             num_workers=resources.num_workers, use_gpu=resources.gpu,
             resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if resources.gpu else {})},
         ),
-        run_config=RayRunConfig(
+        run_config=ray_train.RunConfig(
             name=CHECKPOINTS,
             storage_path=str(folder.path),
             # The two best by validation, and always the last.
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="score"),
-            failure_config=FailureConfig(max_failures=config.workers.max_failures, controller_failure_limit=0),
+            checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="score"),
+            failure_config=ray_train.FailureConfig(max_failures=config.workers.max_failures, controller_failure_limit=0),
         ),
     )  # fmt: skip
     with _delivery(events, listener):
@@ -130,7 +139,7 @@ def train(
             trainer.fit()
         except TrainingFailedError as error:
             raise RuntimeError(_reason(error)) from error
-    ray.kill(events.actor)
+    events.shutdown()
 
 
 @contextmanager

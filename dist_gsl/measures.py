@@ -76,8 +76,11 @@ class _Sizes:
 
     def starting(self, name: str) -> int:
         return math.prod(
-            size + sum((layer.starting_neurons - layer.num_neurons) * piece.index.shape[1]
-                       for layer, piece in self.pieces.get((name, dim), []))
+            size
+            + sum(
+                (layer.starting_neurons - layer.num_neurons) * piece.index.shape[1]
+                for layer, piece in self.pieces.get((name, dim), [])
+            )
             for dim, size in enumerate(self.parameters[name].shape)
         )
 
@@ -96,7 +99,6 @@ class _Sizes:
         for dim in range(tensor.dim()):
             tensor = tensor.index_select(dim, self.live_positions(name, dim).to(tensor.device))
         return int((tensor == 0).sum())
-
 
 
 def _percent(part: float, whole: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_gsl.neurons import NeuronLayer, Neurons
@@ -67,6 +67,7 @@ class ProximalSGD(torch.optim.Optimizer):
         self._proxes: dict[str, Prox] = {}
         self._warned: set[str] = set()
         self._backward: _InBackward | None = None
+        self._opt_called = False  # read by torch's learning-rate schedulers
         neurons.register_copy(self._momentum)
 
     # --- by hand
@@ -252,7 +253,7 @@ class _InBackward:
         self._work: list[Any] = []  # the futures of this backward's buckets
         self._samples: tuple[Tensor, Any] | None = None
         self._lock = threading.Lock()
-        self._layers_of: dict[nn.Parameter, list[NeuronLayer]] = {}
+        self._layers_of: dict[Tensor, list[NeuronLayer]] = {}
         for layer in optimizer.neurons:
             for piece in layer.producers:
                 self._layers_of.setdefault(optimizer.neurons.parameter(piece.tensor), []).append(layer)
@@ -299,7 +300,7 @@ class _InBackward:
         work.wait()
         return count
 
-    def _step(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    def _step(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         optimizer = self.optimizer
         for p, g in zip(parameters, gradients, strict=True):
             optimizer.update_(p, g, optimizer.param_groups[optimizer._group_of[p]])

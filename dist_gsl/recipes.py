@@ -68,7 +68,9 @@ def rotated_digits() -> RunConfig:
     )  # fmt: skip
 
 
-def paper_penalty(regulariser: str, *, epochs: float, num_first: int, ratio: float, start: float, end: float) -> PenaltyConfig:
+def paper_penalty(
+    regulariser: str, *, epochs: float, num_first: int, ratio: float, start: float, end: float
+) -> PenaltyConfig:
     """GS or SGL with the paper's ratio between the first layers' beta and the rest's.
 
     The paper's absolute numbers belong to a step size t that it does not state; here the strength is the number of
@@ -106,8 +108,12 @@ def icdar(regulariser: str) -> RunConfig:
 
 def _all() -> dict[str, Recipe]:
     recipes = {
-        "dec3-chars": Recipe(dec3_chars, "the demo: rendered characters, Dec3 at quarter width, minutes on two cores", 36, 1, 32),
-        "dec3-chars-full": Recipe(dec3_chars_full, "185,639 rendered characters, Dec3 as in the paper, for a GPU", 36, 1, 32),
+        "dec3-chars": Recipe(
+            dec3_chars, "the demo: rendered characters, Dec3 at quarter width, minutes on two cores", 36, 1, 32
+        ),
+        "dec3-chars-full": Recipe(
+            dec3_chars_full, "185,639 rendered characters, Dec3 as in the paper, for a GPU", 36, 1, 32
+        ),
         "digits": Recipe(digits, "real handwritten digits, a minute on two cores", 10, 1, 32),
         "rotated-digits": Recipe(rotated_digits, "regression: the angle of a turned digit, square loss", 1, 1, 32),
     }
@@ -116,7 +122,11 @@ def _all() -> dict[str, Recipe]:
         for network in ("bnet", "bnet-c", "dec8", "dec8-640", "dec8-768"):
             for regulariser, words in names.items():
                 recipes[f"{network}-{data}-{regulariser}"] = Recipe(
-                    partial(imagenet_like, data, network, regulariser), f"the paper's {network} on {title}, {words}", classes, 3, 224
+                    partial(imagenet_like, data, network, regulariser),
+                    f"the paper's {network} on {title}, {words}",
+                    classes,
+                    3,
+                    224,
                 )
     for regulariser, words in names.items():
         recipes[f"dec3-icdar-{regulariser}"] = Recipe(

@@ -65,7 +65,9 @@ class RunFolder:
         """The last checkpoint. `ValueError` if there is none yet."""
         last = self.last_checkpoint()
         if last is None:
-            raise ValueError(f"run {self.name!r} has no checkpoint yet: train it first, `dist-gsl train {self.config_file}`")
+            raise ValueError(
+                f"run {self.name!r} has no checkpoint yet: train it first, `dist-gsl train {self.config_file}`"
+            )
         return checkpoint.load(last)
 
     @property
@@ -107,7 +109,7 @@ class Trained:
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         batches = self.batches(split)
         layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
-        return loop.evaluate(model.to(memory_format=layout), batches, self.config.train, device=torch.device("cpu"))  # type: ignore[call-overload]
+        return loop.evaluate(model.to(memory_format=layout), batches, self.config.train, device=torch.device("cpu"))
 
 
 def compact_run(trained: Trained, *, say: Say = _silent) -> tuple[compaction.Compacted, float]:

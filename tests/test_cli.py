@@ -54,7 +54,9 @@ def test_a_foreign_data_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is not a beton" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"], ["data", "write", "--help"], ["report", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["data", "--help"], ["data", "write", "--help"], ["report", "--help"]]
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -181,7 +181,7 @@ def test_pinned_layers_with_shared_weights_stay_whole() -> None:
     neurons = find_neurons(model, torch.randn(2, *IMAGE))
     result = compact(model, neurons)
     assert result.max_abs_difference == 0
-    assert result.model.fc2.weight is result.model.fc3.weight
+    assert result.model.get_submodule("fc2").weight is result.model.get_submodule("fc3").weight
     assert result.widths["fc3"] == 4
 
 
@@ -230,4 +230,4 @@ def test_widths_make_the_network_that_a_removal_made() -> None:
     small_neurons.load_state_dict(result.neurons.state_dict())
     x = torch.randn(2, *IMAGE)
     assert torch.equal(small.eval()(x), result.model.eval()(x))
-    assert [layer.indices.tolist() for layer in small_neurons] == [l.indices.tolist() for l in result.neurons]
+    assert [layer.indices.tolist() for layer in small_neurons] == [layer.indices.tolist() for layer in result.neurons]

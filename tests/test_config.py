@@ -36,7 +36,9 @@ def test_what_does_not_fit_is_refused(values: dict, message: str) -> None:
     epochs=st.integers(1, 100), rate=st.floats(1e-6, 10), drops=st.lists(st.floats(0, 50), max_size=4),
     by_layer=st.dictionaries(st.text(min_size=1, max_size=5), st.floats(0, 5), max_size=3), decay=st.none() | st.floats(0.1, 0.999),
 )  # fmt: skip
-def test_dict_and_back(epochs: int, rate: float, drops: list[float], by_layer: dict[str, float], decay: float | None) -> None:
+def test_dict_and_back(
+    epochs: int, rate: float, drops: list[float], by_layer: dict[str, float], decay: float | None
+) -> None:
     values = {
         "train": {"epochs": epochs, "learning_rate": rate, "drop_epochs": drops, "ema": decay},
         "penalty": {"beta": {"by_layer": by_layer}},

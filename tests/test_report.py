@@ -52,7 +52,8 @@ def test_names_of_the_contract(tmp_path: Path) -> None:
     report.write(made(), tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
     contract = {"top1", "top5", "baseline_top1", "accuracy_gap", "neurons", "group_param", "total_param",
-                "total_induced", "layers", "compact", "speedup_percent", "memory_saved_percent", "train_seconds", "seed"}  # fmt: skip
+                "total_induced", "layers", "compact", "speedup_percent", "memory_saved_percent",
+                "train_seconds", "seed"}  # fmt: skip
     assert contract <= set(content)
     assert set(content["compact"]) == {"max_abs_difference", "top1", "parameters_before", "parameters_after"}
     assert content["layers"] == LAYERS
@@ -219,7 +220,8 @@ def test_damaged_log(tmp_path: Path, content: bytes | None) -> None:
 def history(epochs: int = 4, *, quality: str = "val_top1", layers: int = 2) -> list[dict[str, Any]]:
     return [
         {"epoch": epoch, "train_loss": 2 / epoch, "val_loss": 2.2 / epoch, quality: 90 - 40 / epoch,
-         "learning_rate": 0.1, "beta_factor": 1.0 if epoch < 3 else 0.0, "neurons": 10.0 * epoch, "all_neurons": 10.0 * epoch,
+         "learning_rate": 0.1, "beta_factor": 1.0 if epoch < 3 else 0.0,
+         "neurons": 10.0 * epoch, "all_neurons": 10.0 * epoch,
          "alive": {f"features.conv{n}": 48 - epoch for n in range(layers)}}
         for epoch in range(1, epochs + 1)
     ]  # fmt: skip

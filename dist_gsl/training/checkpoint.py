@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dist_gsl.training.state import FORMAT
-
+FORMAT = 1
+"""Version of the layout of a checkpoint."""
 FILE = "state.pt"
 
 
@@ -40,7 +40,11 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes torch raise
-        raise ValueError(f"checkpoint {path}: not readable ({type(error).__name__}); it is damaged or another kind of file") from error
+        raise ValueError(
+            f"checkpoint {path}: not readable ({type(error).__name__}); it is damaged or another kind of file"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path}: not a checkpoint of this version (format {FORMAT}); train again or use the version that wrote it")
+        raise ValueError(
+            f"checkpoint {path}: not a checkpoint of this version (format {FORMAT}); train again or use the version that wrote it"
+        )
     return state

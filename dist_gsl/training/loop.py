@@ -77,14 +77,23 @@ def train(
             state.position = Position(epoch, step + 1)
             if rank == 0 and (step % 10 == 9 or step + 1 == steps_per_epoch):
                 seconds = time.perf_counter() - began
-                on_progress(Progress(epoch, step + 1, steps_per_epoch, float(totals[0] / totals[2]),
-                                     float(totals[2]) * world_size / seconds))
+                on_progress(
+                    Progress(
+                        epoch,
+                        step + 1,
+                        steps_per_epoch,
+                        float(totals[0] / totals[2]),
+                        float(totals[2]) * world_size / seconds,
+                    )
+                )
         state.optimizer.end_epoch()
         seconds = time.perf_counter() - began
         state.position = Position(epoch + 1, 0)
         dist.all_reduce(totals)
         if not bool(torch.isfinite(totals[0])):
-            raise RuntimeError(f"the loss is not finite in epoch {epoch + 1}; lower train.learning_rate or set train.max_grad_norm")
+            raise RuntimeError(
+                f"the loss is not finite in epoch {epoch + 1}; lower train.learning_rate or set train.max_grad_norm"
+            )
         validation = evaluate(state.evaluated, validation_data, config, device=device)
         record = {
             "epoch": epoch + 1,
@@ -120,7 +129,13 @@ def train_step(state: RunState, config: TrainConfig, batch: Batch) -> Tensor:
                 outputs = state.ddp(images)
             loss = sum_loss(outputs.float(), targets, config)
             loss.backward()
-        totals += torch.stack([loss.detach().double(), _correct(outputs, targets, 1), torch.tensor(float(len(targets)), dtype=torch.float64, device=loss.device)])
+        totals += torch.stack(
+            [
+                loss.detach().double(),
+                _correct(outputs, targets, 1),
+                torch.tensor(float(len(targets)), dtype=torch.float64, device=loss.device),
+            ]
+        )
     if state.average is not None:
         state.average.update_parameters(state.model)
     return totals
@@ -145,8 +160,10 @@ def evaluate(model: nn.Module, data: Iterable[Any], config: TrainConfig, *, devi
     for batch in data:
         outputs = model(batch.images.to(device)).float()
         targets = batch.targets.to(device)
-        loss = F.mse_loss(outputs, targets, reduction="sum") if config.loss == "square" else F.cross_entropy(
-            outputs, targets, reduction="sum"
+        loss = (
+            F.mse_loss(outputs, targets, reduction="sum")
+            if config.loss == "square"
+            else F.cross_entropy(outputs, targets, reduction="sum")
         )
         count = torch.tensor(float(len(targets)), dtype=torch.float64, device=device)
         totals += torch.stack([loss.double(), _correct(outputs, targets, 1), _correct(outputs, targets, 5), count])

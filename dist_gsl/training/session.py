@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_gsl import data
 from dist_gsl.config import RunConfig
+from dist_gsl.data.loader import DEFAULT_SIZE
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import row_norms, starting_betas
 from dist_gsl.training import loop
@@ -38,9 +39,11 @@ def shapes_of(config: RunConfig, info: data.DatasetInfo) -> Shapes:
     regression = info.num_targets > 0
     if regression != (config.train.loss == "square"):
         need = "square" if regression else "cross-entropy"
-        raise ValueError(f"train.loss is {config.train.loss!r}, but data {info.source!r} has "
-                         f"{'numbers' if regression else 'classes'} as targets: use --train.loss {need}")
-    size = config.data.size or info.size or data.DEFAULT_SIZE
+        raise ValueError(
+            f"train.loss is {config.train.loss!r}, but data {info.source!r} has "
+            f"{'numbers' if regression else 'classes'} as targets: use --train.loss {need}"
+        )
+    size = config.data.size or info.size or DEFAULT_SIZE
     return Shapes(info.channels, size, info.num_targets if regression else len(info.classes))
 
 
@@ -54,8 +57,15 @@ def network_arguments(config: RunConfig, shapes: Shapes) -> dict[str, Any]:
 
 
 def make_loader(
-    config: RunConfig, split: str, directory: Path, *, device: torch.device | str = "cpu", train: bool = False,
-    batch_size: int | None = None, rank: int = 0, world_size: int = 1,
+    config: RunConfig,
+    split: str,
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+    train: bool = False,
+    batch_size: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> data.Loader:
     return data.Loader(
         directory / f"{split}.beton", batch_size=batch_size or config.train.batch_size, train=train, rank=rank,
@@ -80,7 +90,13 @@ def run(
     shapes = shapes_of(config, data.dataset_info(data_dir))
     training_data = make_loader(config, "train", data_dir, device=device, train=True, rank=rank, world_size=world_size)
     validation_data = make_loader(
-        config, "val", data_dir, device=device, batch_size=max(config.train.batch_size, 256), rank=rank, world_size=world_size
+        config,
+        "val",
+        data_dir,
+        device=device,
+        batch_size=max(config.train.batch_size, 256),
+        rank=rank,
+        world_size=world_size,
     )
     run_state = build(
         network_arguments(config, shapes), image_shape=shapes.image, train=config.train, penalty=config.penalty,
@@ -106,7 +122,10 @@ def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
     network = {**network_arguments(config, shapes), "pretrained": False}
     _, neurons = build_network(network, image_shape=shapes.image)
     starting_betas(
-        config.penalty, neurons, steps_per_epoch=100, learning_rate=lambda s: config.train.learning_rate_at(s, steps_per_epoch=100)
+        config.penalty,
+        neurons,
+        steps_per_epoch=100,
+        learning_rate=lambda s: config.train.learning_rate_at(s, steps_per_epoch=100),
     )
     config.penalty.alpha.of([layer.name for layer in neurons])
     return neurons

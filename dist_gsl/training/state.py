@@ -20,10 +20,8 @@ from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import PenaltyConfig, SparseGroupLasso, make_penalty, starting_betas
 from dist_gsl.proximal import ProximalSGD
 from dist_gsl.tracing import find_neurons
+from dist_gsl.training import checkpoint
 from dist_gsl.training.config import TrainConfig
-
-FORMAT = 1
-"""Version of the checkpoint's layout."""
 
 
 @dataclass
@@ -67,7 +65,7 @@ class RunState:
         The random state needs no place of its own: every epoch seeds its generators from (seed, epoch, rank).
         """
         return {
-            "format": FORMAT,
+            "format": checkpoint.FORMAT,
             "network": dict(self.network),
             "widths": {layer.name: layer.num_neurons for layer in self.neurons},
             "model": self.model.state_dict(),
@@ -119,8 +117,10 @@ def build(
     def learning_rate(step: int) -> float:
         return train.learning_rate_at(step, steps_per_epoch=steps_per_epoch)
 
-    betas = dict(state["betas"]) if state is not None else starting_betas(
-        penalty, neurons, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate
+    betas = (
+        dict(state["betas"])
+        if state is not None
+        else starting_betas(penalty, neurons, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate)
     )
     regulariser = make_penalty(penalty, neurons, betas=betas, steps_per_epoch=steps_per_epoch)
     memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
@@ -151,12 +151,12 @@ def build(
 
 
 def _initialise(model: nn.Module, path: str) -> None:
-    from dist_gsl.training.checkpoint import load
-
-    source: dict[str, Tensor] = load(path)["model"]
+    source: dict[str, Tensor] = checkpoint.load(path)["model"]
     wanted = model.state_dict()
     odd = [name for name in wanted if name not in source or source[name].shape != wanted[name].shape]
     if odd:
-        raise ValueError(f"train.init: {path} does not fit: {odd[0]!r} is missing or of another shape; "
-                         "name a checkpoint of the same network and widths")
+        raise ValueError(
+            f"train.init: {path} does not fit: {odd[0]!r} is missing or of another shape; "
+            "name a checkpoint of the same network and widths"
+        )
     model.load_state_dict(source)

@@ -52,8 +52,14 @@ def train_worker(job: dict[str, Any]) -> None:
                 checkpoint=ray.train.Checkpoint.from_directory(directory),
                 checkpoint_dir_name=f"epoch-{record['epoch']:04d}",
             )
-        events.put_nowait(("epoch", record, {name: norms.numpy() for name, (norms, _) in layers.items()},
-                           {name: mask.numpy() for name, (_, mask) in layers.items()}))
+        events.put_nowait(
+            (
+                "epoch",
+                record,
+                {name: norms.numpy() for name, (norms, _) in layers.items()},
+                {name: mask.numpy() for name, (_, mask) in layers.items()},
+            )
+        )
 
     session.run(
         config, data_dir=Path(job["data_dir"]), device=ray.train.torch.get_device(), state=state, on_epoch=on_epoch,

@@ -95,7 +95,7 @@ def counted_all_reduces() -> Iterator[mock.Mock]:
         yield counter
 
 
-def log_lines() -> "list[str]":
+def log_lines() -> list[str]:
     """The list to which every line that dist_gsl logs from now on is added."""
     lines: list[str] = []
 

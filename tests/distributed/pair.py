@@ -47,8 +47,9 @@ class Pair:
             self._workers.append((process, here))
 
     def stop(self) -> None:
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             connection.close()
+        for process, _ in self._workers:
             process.join(timeout=2)
             if process.is_alive():
                 process.kill()

@@ -21,7 +21,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's and MLflow's own
 ]
 
-SMALL = ["--train.epochs", "3", "--penalty.beta.rest", "0.8", "--penalty.beta-schedule.start", "0", "--penalty.beta-schedule.end", "3"]
+SMALL = [
+    "--train.epochs",
+    "3",
+    "--penalty.beta.rest",
+    "0.8",
+    "--penalty.beta-schedule.start",
+    "0",
+    "--penalty.beta-schedule.end",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +150,7 @@ def test_two_workers_are_one_worker_on_the_joined_batch(directory: Path) -> None
     assert main(["train", "digits", "--name", "two", "--workers.num", "2", *options]) == 0
     one, two = (runs.RunFolder(directory / "runs" / name).state() for name in ("one", "two"))
     for name, tensor in one["model"].items():
-        torch.testing.assert_close(tensor, two["model"][name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(tensor, two["model"][name], rtol=1e-3, atol=1e-4, msg=name)
     for name, layer in one["optimizer"]["neurons"].items():
         assert torch.equal(layer["mask"], two["optimizer"]["neurons"][name]["mask"])
 
@@ -151,4 +160,3 @@ def test_regression(directory: Path) -> None:
     report = json.loads((directory / "runs" / "turned" / "report.json").read_text())
     assert report["top1"] is None
     assert 0 < report["rmse"] < 1
-
