@@ -49,7 +49,7 @@ def _run(arguments: list[str], console: Console) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.command != "train" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    logging_quiet()
+    _quiet()
     commands = {
         "data": _data, "compact": _compact, "report": _report, "evaluate": _evaluate, "bench": _bench, "ui": _ui,
     }  # fmt: skip
@@ -135,11 +135,12 @@ def _recipe_list() -> str:
     return "recipes:\n" + "\n".join(f"  {name:<{width}}  {recipe.summary}" for name, recipe in RECIPES.items())
 
 
-def logging_quiet() -> None:
+def _quiet() -> None:
     """Leaves the terminal to our own lines; what other libraries log as a warning on import is not the user's concern."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns of a change to come otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="No complete tensor found", module="torch.export")
 
 
 # --- commands

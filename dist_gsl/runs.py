@@ -103,6 +103,10 @@ class Trained:
     def image_shape(self) -> tuple[int, int, int]:
         return session.shapes_of(self.config, self.info).image
 
+    @property
+    def has_dead_neurons(self) -> bool:
+        return any(layer.num_dead for layer in self.neurons)
+
     def batches(self, split: str) -> data.Loader:
         return session.make_loader(self.config, split, self.data_dir, batch_size=256)
 
@@ -117,11 +121,14 @@ def compact_run(trained: Trained, *, say: Say = _silent) -> tuple[compaction.Com
     then writes RUN_DIR/compact/. (the compact network, largest absolute difference on validation)."""
     say("removing the dead neurons")
     compacted = compaction.compact(trained.model, trained.neurons)
-    say("comparing both networks on the whole validation split in float64")
-    difference, largest = compaction.max_difference(
-        trained.model, compacted.model, (batch.images for batch in trained.batches("val"))
-    )
-    compaction.check_difference(difference, largest)
+    difference = compacted.max_abs_difference
+    if trained.has_dead_neurons:
+        say("comparing both networks on the whole validation split in float64")
+        on_validation, largest = compaction.max_difference(
+            trained.model, compacted.model, (batch.images for batch in trained.batches("val"))
+        )
+        compaction.check_difference(on_validation, largest)
+        difference = max(difference, on_validation)
     shapes = session.shapes_of(trained.config, trained.info)
     artifact.save_compact(
         trained.folder.compact_dir, model=compacted.model, neurons=compacted.neurons, network=trained.state["network"],
@@ -130,7 +137,7 @@ def compact_run(trained: Trained, *, say: Say = _silent) -> tuple[compaction.Com
                "std": list(trained.info.std), "task": trained.info.task.value},
         extra={"run": trained.folder.name},
     )  # fmt: skip
-    return compacted, max(difference, compacted.max_abs_difference)
+    return compacted, difference
 
 
 def make_report(
@@ -153,9 +160,11 @@ def make_report(
     plain = None if baseline is None else baseline.evaluate(baseline.model, split)
     quality = "top1" if "top1" in full else "rmse"
     extra = [name for name in trained.info.splits if name not in ("train", "val", "test")] if final else []
-    say("timing the full against the compact network")
-    example = torch.zeros(1, *trained.image_shape)
-    timed = timing.compare(trained.model.float().eval(), compacted.model.eval(), example=example)
+    timed = None
+    if trained.has_dead_neurons:  # else they are the same network
+        say("timing the full against the compact network")
+        example = torch.zeros(1, *trained.image_shape)
+        timed = timing.compare(trained.model.eval(), compacted.model.eval(), example=example)
     made = Report(
         name=trained.folder.name, recipe=recipe, command=command, network=config.network.name, source=trained.info.source,
         seed=config.train.seed, split=split,
@@ -171,8 +180,11 @@ def make_report(
         compact={"max_abs_difference": difference, quality: small[quality],
                  "parameters_before": sum(p.numel() for p in trained.model.parameters()),
                  "parameters_after": sum(p.numel() for p in compacted.model.parameters())},
-        speedup_percent=timed.speedup_percent, memory_saved_percent=timed.memory_saved_percent,
-        multiply_adds_before=timed.full.multiply_adds, multiply_adds_after=timed.compact.multiply_adds, device=timed.device,
+        speedup_percent={} if timed is None else timed.speedup_percent,
+        memory_saved_percent={} if timed is None else timed.memory_saved_percent,
+        multiply_adds_before=None if timed is None else timed.full.multiply_adds,
+        multiply_adds_after=None if timed is None else timed.compact.multiply_adds,
+        device="" if timed is None else timed.device,
         train_seconds=sum(row["seconds"] for row in history),
         images_per_second=sum(row["images_per_second"] for row in history) / len(history),
     )  # fmt: skip
