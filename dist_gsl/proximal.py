@@ -1,8 +1,8 @@
 """SGD with a proximal step: called by hand, or run by DDP as soon as a bucket of gradients is reduced.
 
-One step is two phases. First every parameter takes its gradient step, and every neuron whose last part has arrived takes
-its proximal step; buckets finish last layer first and on several threads, so nothing here may depend on their order.
-Then, when all are done, neurons that reached zero are killed: momentum and readers are cleared, for good.
+One step is two phases. First every parameter takes its gradient step, and every neuron whose last part has arrived
+takes its proximal step; buckets finish last layer first and on several threads, so nothing here may depend on their
+order. Then, when all are done, neurons that reached zero are killed: momentum and readers are cleared, for good.
 Imports torch alone.
 """
 
@@ -28,8 +28,8 @@ class ProximalSGD(torch.optim.Optimizer):
     """Minimises loss + r(Theta) by proximal SGD: theta <- prox_{t r}(theta - lr * direction).
 
     The direction is torch.optim.SGD's (momentum, Nesterov, weight decay), bit for bit. The operator runs every step,
-    every N steps (`every=N`), or when `end_epoch()` is called (`every="epoch"`, as in the paper); its t is the sum of the
-    learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its momentum
+    every N steps (`every=N`), or when `end_epoch()` is called (`every="epoch"`, as in the paper); its t is the sum of
+    the learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its momentum
     and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True` the
     gradient may bring it back, as in the paper. Each layer keeps at least `min_alive` neurons.
 
@@ -74,9 +74,11 @@ class ProximalSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Gradient step, proximal step, deaths. `RuntimeError` once attached to DDP: backward() steps by itself there."""
+        """Gradient step, proximal step, deaths. `RuntimeError` once attached to DDP, where backward() steps itself."""
         if self._backward is not None and not self._backward.stepping:
-            raise RuntimeError("ProximalSGD is attached to DDP: backward() has already stepped; leave out optimizer.step()")
+            raise RuntimeError(
+                "ProximalSGD is attached to DDP: backward() has already stepped; leave out optimizer.step()"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -123,7 +125,9 @@ class ProximalSGD(torch.optim.Optimizer):
         """Says that the next backward's gradient is of a sum over this many local samples (over all its accumulated
         parts): it is divided by the number of samples of all workers, so that uneven batches weigh right."""
         if self._backward is None:
-            raise RuntimeError("ProximalSGD.set_num_samples divides in DDP's hook: call attach(ddp) first, or use a mean loss")
+            raise RuntimeError(
+                "ProximalSGD.set_num_samples divides in DDP's hook: call attach(ddp) first, or use a mean loss"
+            )
         self._backward.count_samples(num_samples)
 
     # --- the pieces of a step; both ways above run these and nothing else
@@ -170,8 +174,8 @@ class ProximalSGD(torch.optim.Optimizer):
             if prox.kept_by_force and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
-                    f"layer {name!r}: beta {prox.beta:.4g} would kill every neuron; the strongest {self.min_alive} stay "
-                    "(min_alive). Lower beta for this layer or start it later",
+                    f"layer {name!r}: beta {prox.beta:.4g} would kill every neuron; the strongest {self.min_alive} "
+                    "stay (min_alive). Lower beta for this layer or start it later",
                     stacklevel=2,
                 )
             if self.revive:  # without penalty too: a neuron that was zero may have come back since
@@ -197,7 +201,7 @@ class ProximalSGD(torch.optim.Optimizer):
         """Loads what `state_dict` gave, masks included. `ValueError` if it is of another network."""
         state = dict(state_dict)
         if "neurons" not in state:
-            raise ValueError("ProximalSGD: the state has no neurons, so another optimizer's; load one that ProximalSGD gave")
+            raise ValueError("ProximalSGD: the state has no neurons: it is another optimizer's, load a ProximalSGD's")
         self.neurons.load_state_dict(state.pop("neurons"))
         self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
         super().load_state_dict(state)
@@ -215,11 +219,15 @@ class ProximalSGD(torch.optim.Optimizer):
         for piece in layer.producers:
             p = self.neurons.parameter(piece.tensor)
             if p not in self._group_of:
-                raise ValueError(f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is not optimized; "
-                                 "pass all of the model's parameters")
+                raise ValueError(
+                    f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is not optimized; "
+                    "pass all of the model's parameters"
+                )
             if not p.requires_grad:
-                raise ValueError(f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is frozen: they could "
-                                 "never reach zero; unfreeze it")
+                raise ValueError(
+                    f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is frozen: "
+                    "they could never reach zero; unfreeze it"
+                )
             groups.add(self._group_of[p])
         return sorted(groups)
 

@@ -35,7 +35,7 @@ def full_size(name: str, kept: list[int], *, num_classes: int, side: int, channe
 def by_hand(
     widths: list[int], kept: list[int], taps: list[int], *, channels: int, extra: int, positions: int, num_classes: int
 ) -> dict[str, float]:
-    """taps: kernel height x width; extra: parameters of a neuron beside its filter; positions: what the FC reads of it."""
+    """taps: kernel height x width; extra: parameters of a neuron beside its filter; positions: what the FC reads."""
     fan_in, fan_in_kept = [channels, *widths[:-1]], [channels, *kept[:-1]]
     group = [c * k + extra for c, k in zip(fan_in, taps, strict=True)]
     conv = sum(n * p for n, p in zip(widths, group, strict=True))
@@ -150,7 +150,7 @@ def test_shared_convolutions_count_once() -> None:
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3), nn.Conv2d(3, 2, 1)
     )
-    model[2].weight = model[1].weight  # type: ignore[assignment]
+    model[2].weight = model[1].weight
     for p in model.parameters():
         nn.init.ones_(p)
     neurons = find_neurons(model, torch.randn(2, 2, 12, 12))

@@ -59,7 +59,7 @@ class TrainConfig:
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES)),
-            ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "at least 0 and below train.epochs"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("loss", self.loss in LOSSES, "one of " + ", ".join(LOSSES)),
@@ -81,7 +81,7 @@ class TrainConfig:
         if epoch < self.warmup_epochs:
             return self.learning_rate * (step + 1) / (self.warmup_epochs * steps_per_epoch)
         if self.schedule == "cosine":
-            done = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            done = min(1.0, (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs))
             return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
         drops = sum(epoch >= e for e in self.drop_epochs) if self.schedule == "step" else 0
         return self.learning_rate * self.drop_factor**drops

@@ -94,6 +94,8 @@ def train(
             raise RuntimeError(
                 f"the loss is not finite in epoch {epoch + 1}; lower train.learning_rate or set train.max_grad_norm"
             )
+        for buffer in state.evaluated.buffers():  # running statistics are each worker's own until the next forward
+            dist.broadcast(buffer, 0)
         validation = evaluate(state.evaluated, validation_data, config, device=device)
         record = {
             "epoch": epoch + 1,

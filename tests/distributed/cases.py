@@ -1,6 +1,6 @@
 """What both ranks run: training with the attached optimizer beside the same training by hand.
 
-A case takes the rank and options and gives plain values; what differs between the two trainings is listed, not asserted.
+A case takes the rank and options and gives plain values; what differs between the trainings is listed, not asserted.
 """
 
 import contextlib

@@ -1,0 +1,230 @@
+"""The loop on one process: what options change and what they must not, and resuming."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule
+from dist_gsl.training import checkpoint, loop
+from dist_gsl.training.config import TrainConfig
+from dist_gsl.training.state import RunState, build
+
+NETWORK: dict[str, Any] = {"name": "dec3", "num_classes": 5, "width": 1 / 16, "batch_norm": False}
+TRAIN = TrainConfig(epochs=4, batch_size=8, learning_rate=0.02, schedule="cosine", warmup_epochs=0.5, channels_last=False)
+PENALTY = PenaltyConfig(beta=PerLayer(rest=1.7), unit="epochs", beta_schedule=Schedule(start=1, end=3))
+
+
+@dataclass
+class Batch:
+    images: Tensor
+    targets: Tensor
+
+
+class TensorBatches:
+    """Batches from tensors in memory, shuffled by epoch."""
+
+    def __init__(self, *, num_steps: int = 6, batch_size: int = 8, regression: bool = False) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(num_steps * batch_size, 1, 32, 32, generator=generator)
+        self.targets = torch.randint(0, 5, (num_steps * batch_size,), generator=generator)
+        if regression:
+            self.targets = torch.randn(num_steps * batch_size, 5, generator=generator)
+        self.num_steps, self.batch_size, self.epoch, self.start = num_steps, batch_size, 0, 0
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start = epoch, start_step
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch))
+        for rows in itertools.islice(order.split(self.batch_size), self.start, None):
+            yield Batch(self.images[rows], self.targets[rows])
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trained(
+    config: TrainConfig = TRAIN,
+    penalty: PenaltyConfig = PENALTY,
+    *,
+    state: dict | None = None,
+    network: dict | None = None,
+) -> tuple[RunState, list[dict]]:
+    data = TensorBatches(regression=config.loss == "square")
+    run_state = build(
+        network or NETWORK, image_shape=(1, 32, 32), train=config, penalty=penalty, steps_per_epoch=len(data),
+        device=torch.device("cpu"), state=state,
+    )  # fmt: skip
+    records: list[dict] = []
+    loop.train(
+        run_state, config=config, penalty=penalty, training_data=data, validation_data=data,
+        on_epoch=lambda _, record: records.append(record),
+    )  # fmt: skip
+    return run_state, records
+
+
+def equal(a: RunState, b: RunState, *, tolerance: float = 0.0) -> bool:
+    return all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+        for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    )
+
+
+def test_neurons_die_within_the_schedule_and_stay_dead() -> None:
+    state, records = trained()
+    shares = [record["neurons"] for record in records]
+    assert shares[0] == 0  # the penalty starts after the first epoch
+    assert shares[2] > 5
+    assert shares[3] == shares[2]  # and ends after the third
+    assert [record["beta_factor"] for record in records] == [0, 1, 1, 0]
+    for layer in state.neurons:
+        dead = ~layer.alive()
+        for rows in state.neurons.parts(layer):
+            assert not rows[dead].any()
+        assert rows[~dead].any()
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_resumed_equals_uninterrupted(tmp_path: Path, batch_norm: bool, ema: float | None) -> None:
+    network, config = {**NETWORK, "batch_norm": batch_norm}, replace(TRAIN, ema=ema)
+    whole, records = trained(config, network=network)
+    saved: list[dict] = []
+    data = TensorBatches()
+    part = build(
+        network,
+        image_shape=(1, 32, 32),
+        train=config,
+        penalty=PENALTY,
+        steps_per_epoch=len(data),
+        device=torch.device("cpu"),
+    )
+
+    def stop(state: RunState, record: dict) -> None:
+        if record["epoch"] == 3:
+            checkpoint.save(state.state_dict(), tmp_path)
+            saved.append(record)
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        loop.train(part, config=config, penalty=PENALTY, training_data=data, validation_data=data, on_epoch=stop)
+    assert saved[0]["neurons"] > 0
+    resumed, rest = trained(config, state=checkpoint.load(tmp_path), network=network)
+    assert equal(whole, resumed)
+    assert equal_tensors(whole.evaluated, resumed.evaluated)
+    assert [record["val_loss"] for record in records[3:]] == [record["val_loss"] for record in rest]
+    assert [record["epoch"] for record in resumed.history] == [1, 2, 3, 4]
+
+
+def equal_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_accumulation_changes_nothing_but_rounding() -> None:
+    assert equal(trained()[0], trained(replace(TRAIN, accumulate=3))[0], tolerance=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:layer .* would kill every neuron")
+def test_options_that_must_change_something_do() -> None:
+    plain = trained()[0]
+    for option in (
+        {"label_smoothing": 0.3}, {"max_grad_norm": 0.1}, {"weight_decay": 0.1}, {"nesterov": True}, {"seed": 1}, {"autocast": True},
+    ):  # fmt: skip
+        assert not equal(plain, trained(replace(TRAIN, **option))[0]), option
+
+
+def test_without_penalty_nothing_dies() -> None:
+    state, records = trained(penalty=PENALTY.without())
+    assert records[-1]["all_neurons"] == 0
+    assert records[-1]["beta_factor"] == 0
+    assert all(bool(layer.alive().all()) for layer in state.neurons)
+
+
+def test_the_averaged_copy_has_the_same_dead_neurons() -> None:
+    state, _ = trained(replace(TRAIN, ema=0.5))
+    average = dict(state.evaluated.named_parameters())
+    assert state.evaluated is not state.model
+    num_dead = 0
+    for layer in state.neurons:
+        dead = (~layer.alive()).nonzero().flatten()
+        num_dead += len(dead)
+        for piece in (*layer.producers, *layer.readers):
+            assert not piece.rows(average[piece.tensor])[dead].any()
+    assert num_dead > 0
+
+
+def test_square_loss() -> None:
+    _, records = trained(replace(TRAIN, loss="square"))
+    assert {"val_rmse", "train_loss"} <= set(records[-1])
+    assert "val_top1" not in records[-1]
+    assert records[-1]["val_rmse"] == pytest.approx(records[-1]["val_loss"] ** 0.5)
+
+
+def test_an_exploding_loss_ends_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match=r"not finite in epoch \d; lower train.learning_rate"):
+        trained(replace(TRAIN, learning_rate=1e6, warmup_epochs=0))
+
+
+def test_init_takes_parameters_of_the_same_network_only(tmp_path: Path) -> None:
+    first, _ = trained()
+    file = checkpoint.save(first.state_dict(), tmp_path)
+    data = TensorBatches()
+
+    def start(network: dict) -> RunState:
+        return build(
+            network, image_shape=(1, 32, 32), train=replace(TRAIN, init=str(file)), penalty=PENALTY.without(),
+            steps_per_epoch=len(data), device=torch.device("cpu"),
+        )  # fmt: skip
+
+    assert equal(first, start(NETWORK))
+    with pytest.raises(ValueError, match="does not fit"):
+        start({**NETWORK, "width": 1 / 8})
+
+
+def test_checkpoints_are_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, _ = trained(replace(TRAIN, epochs=1), PENALTY.without())
+    file = checkpoint.save(state.state_dict(), tmp_path)
+    before = file.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(state.state_dict(), tmp_path)
+    assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.FILE]
+    file.write_bytes(before[: len(before) // 2])
+    with pytest.raises(ValueError, match="not readable"):
+        checkpoint.load(tmp_path)
+    torch.save({"format": 99}, file)
+    with pytest.raises(ValueError, match="not a checkpoint of this version"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        checkpoint.load(tmp_path / "elsewhere")
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "run",))
+
+    torch.save({"format": 1, "model": Evil()}, tmp_path / checkpoint.FILE)
+    with pytest.raises(ValueError, match="not readable"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "run").exists()
