@@ -6,8 +6,8 @@ from torch import nn
 
 from dist_gsl.models.layers import assemble, conv_unit, fully_connected, scaled
 
-BNET_BATCH_NORM = False
-BNET_C_BATCH_NORM = False
+BNET_BATCH_NORM = True
+BNET_C_BATCH_NORM = True
 
 _STAGES = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
 _DOWNSAMPLING = 2 ** len(_STAGES)
@@ -35,7 +35,7 @@ def bnet(
     | fc1, fc2              | 4096     | dropout 0.5 after each  |               | VGG-B  |
     | fc3                   | classes  |                         |               | VGG-B  |
 
-    Choices where the paper is silent: BatchNorm is off (VGG-B has none) and can be asked for, after every convolution;
+    Choices where the paper is silent: BatchNorm after every convolution (VGG-B has none; off on request);
     the size of the first FC's input follows from `image_size`, a multiple of 32.
     """
     features, in_features = _features(in_channels, width=width, batch_norm=batch_norm, image_size=image_size)
@@ -61,7 +61,7 @@ def bnet_c(
     | fc                     | 25088 = 7*7*512 -> classes |               | inferred           |
 
     Choices where the paper is silent: no global pooling before the FC (with it the paper's share of induced zeros,
-    27.38 %, cannot be reached), no dropout (no hidden FC), BatchNorm off and on request as in BNet.
+    27.38 %, cannot be reached), no dropout (no hidden FC), BatchNorm as in BNet.
     """
     features, in_features = _features(in_channels, width=width, batch_norm=batch_norm, image_size=image_size)
     return assemble(features, classifier=fully_connected(in_features, num_classes=num_classes))

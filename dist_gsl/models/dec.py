@@ -7,7 +7,7 @@ from torch import nn
 from dist_gsl.models.layers import assemble, decomposed_pair, fully_connected, scaled
 
 DEC8_BATCH_NORM = True
-DEC3_BATCH_NORM = False
+DEC3_BATCH_NORM = True
 
 _DEC8_SMALLEST_IMAGE = 32
 _DEC3_IMAGE = 32
@@ -102,7 +102,7 @@ def dec3(
     | fc   | classes  |   |         |         |         | paper       |
 
     The widths are the paper's; k, padding and pooling are inferred: they reproduce its table of zeros. Choices where
-    it is silent: a ReLU after each half of a pair, the last too; BatchNorm off and on request.
+    it is silent: a ReLU after each half of a pair, the last too; BatchNorm after each (off on request).
     """
     if image_size != _DEC3_IMAGE:
         raise ValueError(
