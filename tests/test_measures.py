@@ -22,7 +22,7 @@ DEC3_KEPT = [20, 50, 91, 100, 250, 200]  # 873 of 1,584 are gone
 def full_size(name: str, kept: list[int], *, num_classes: int, side: int, channels: int) -> Neurons:
     """The network of the paper, every parameter 1, with the last neurons of each convolution dead."""
     with torch.device("meta"):
-        model = create_model(name, num_classes=num_classes)
+        model = create_model(name, num_classes=num_classes, batch_norm=name == "dec8")  # both kinds of neurons
     model.to_empty(device="cpu")
     for p in model.parameters():
         nn.init.ones_(p)
