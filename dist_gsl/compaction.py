@@ -212,7 +212,8 @@ def _cut_optimizer_state(
         return removal.tensor(order[number], value) if is_like_parameter else copy.deepcopy(value)
 
     state["state"] = {
-        number: {key: cut(number, value) for key, value in entries.items()} for number, entries in state["state"].items()
+        number: {key: cut(number, value) for key, value in entries.items()}
+        for number, entries in state["state"].items()
     }
     if "neurons" in state:
         state["neurons"] = kept.state_dict()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_gsl.neurons import NeuronLayer, Neurons, Slice
+from dist_gsl.tracing import OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Measures:
     """Share of the parameters of the convolutions and the last linear layer that sit in zero neurons or only read
     zero neurons."""
     all_neurons: float
-    """Share of all found neurons, linear layers included, that is zero."""
+    """Share of all neurons, those of hidden linear layers included, that is zero."""
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -41,6 +42,7 @@ def measure(model: nn.Module, neurons: Neurons) -> Measures:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sizes = _Sizes(neurons, parameters)
     convolutions = [layer for layer in neurons.all_layers if layer.kind == "conv"]
+    hidden = [layer for layer in neurons.all_layers if layer.pinned != OUTPUTS]  # outputs are no neurons
     last = [layer for layer in neurons.all_layers if layer.kind == "linear"][-1:]
     owned = [piece.tensor for layer in convolutions for piece in layer.producers]
     conv_tensors = list({parameters[name]: name for name in owned}.values())  # a shared one counts once
@@ -56,10 +58,7 @@ def measure(model: nn.Module, neurons: Neurons) -> Measures:
         group_param=_percent(in_dead, total),
         total_param=_percent(in_dead + zeros, total),
         total_induced=_percent(induced, sum(sizes.starting(name) for name in both)),
-        all_neurons=_percent(
-            sum(layer.num_dead for layer in neurons.all_layers),
-            sum(layer.starting_neurons for layer in neurons.all_layers),
-        ),
+        all_neurons=_percent(sum(layer.num_dead for layer in hidden), sum(layer.starting_neurons for layer in hidden)),
     )
 
 

@@ -29,9 +29,9 @@ class ProximalSGD(torch.optim.Optimizer):
 
     The direction is torch.optim.SGD's (momentum, Nesterov, weight decay), bit for bit. The operator runs every step,
     every N steps (`every=N`), or when `end_epoch()` is called (`every="epoch"`, as in the paper); its t is the sum of
-    the learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its momentum
-    and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True` the
-    gradient may bring it back, as in the paper. Each layer keeps at least `min_alive` neurons.
+    the learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its
+    momentum and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True`
+    it may come back, by its momentum or its gradient, as in the paper. Each layer keeps at least `min_alive` neurons.
 
     `ValueError` where a neuron's parameters are missing, lie in groups of different learning rates, or are not float32
     or float64.

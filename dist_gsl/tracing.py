@@ -17,6 +17,9 @@ from torch import Tensor, fx, nn
 from dist_gsl.neurons import NeuronLayer, Neurons, Slice
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OUTPUTS = "its neurons are the network's outputs"
+"""Why the last layer is pinned."""
+
 BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 # Entry by entry with f(0) = 0: what is zero before is zero after.
@@ -33,15 +36,9 @@ POOLED_DIMS: dict[object, int] = {
     **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), 1),
     **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), 2),
     **dict.fromkeys((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), 3),
-    **dict.fromkeys(
-        (F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d, torch.max_pool1d), 1
-    ),
-    **dict.fromkeys(
-        (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d), 2
-    ),
-    **dict.fromkeys(
-        (F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d, torch.max_pool3d), 3
-    ),
+    **dict.fromkeys((F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d, torch.max_pool1d), 1),
+    **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d), 2),
+    **dict.fromkeys((F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d, torch.max_pool3d), 3),
 }
 ZERO_PRESERVING_METHODS = {"relu", "relu_", "tanh", "tanh_", "contiguous"}
 # Read the shape of a value and not the value.
@@ -136,9 +133,7 @@ class _Tracer:
         self.layers: dict[str, _Draft] = {}
         self.calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
         self.read_directly = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-        self.owners = Counter(
-            id(p) for module in self.modules.values() for p in module.parameters(recurse=False)
-        )
+        self.owners = Counter(id(p) for module in self.modules.values() for p in module.parameters(recurse=False))
 
     def run(self) -> list[NeuronLayer]:
         for node in self.graph.graph.nodes:
@@ -149,13 +144,14 @@ class _Tracer:
             elif node.op == "call_method":
                 self._method(node)
             elif node.op == "output":
-                self._pin_inputs(node, "its neurons are the network's outputs")
+                self._pin_inputs(node, OUTPUTS)
         return [self._finish(draft) for draft in self.layers.values()]
 
     def _finish(self, draft: _Draft) -> NeuronLayer:
         parameters: dict[str, Tensor] = {
             f"{prefix}.{name}" if prefix else name: p
-            for prefix, module in self.modules.items() for name, p in module.named_parameters(recurse=False)
+            for prefix, module in self.modules.items()
+            for name, p in module.named_parameters(recurse=False)
         }
         size = sum(
             parameters[piece.tensor].numel() // parameters[piece.tensor].shape[piece.dim] * piece.index.shape[1]

@@ -48,7 +48,7 @@ def by_hand(
         "group_param": 100 * dead / conv,
         "total_param": 100 * dead / conv,  # no live neuron has a zero of its own
         "total_induced": 100 * (conv + fc - conv_left - fc_left) / (conv + fc),
-        "all_neurons": 100 * (sum(widths) - sum(kept)) / (sum(widths) + num_classes),
+        "all_neurons": 100 * (sum(widths) - sum(kept)) / sum(widths),
     }
 
 
@@ -110,7 +110,7 @@ def test_zeros_of_live_neurons_and_weights_that_read_a_dead_one_are_told_apart()
     assert found.group_param == pytest.approx(100 * dead / CONV)
     assert found.total_param == pytest.approx(100 * (dead + 9 + 1) / CONV)
     assert found.total_induced == pytest.approx(100 * (dead + readers) / (CONV + LAST))
-    assert found.all_neurons == pytest.approx(100 * 3 / (14 + 7 + 3))
+    assert found.all_neurons == pytest.approx(100 * 3 / (14 + 7))  # the 3 outputs are no neurons
 
 
 def test_dead_linear_neurons_count_only_where_the_last_layer_reads_them() -> None:
@@ -119,7 +119,7 @@ def test_dead_linear_neurons_count_only_where_the_last_layer_reads_them() -> Non
     found = measure(neurons.model, neurons)
     assert (found.neurons, found.group_param, found.total_param) == (0, 0, 0)
     assert found.total_induced == pytest.approx(100 * 2 * 3 / (CONV + LAST))
-    assert found.all_neurons == pytest.approx(100 * 2 / 24)
+    assert found.all_neurons == pytest.approx(100 * 2 / 21)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
