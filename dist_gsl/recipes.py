@@ -34,9 +34,9 @@ def dec3_chars() -> RunConfig:
         network=NetworkConfig("dec3", width=0.25, batch_norm=True),
         data=DataConfig(source="chars"),
         penalty=PenaltyConfig(
-            beta=PerLayer(rest=0.8), beta_schedule=Schedule(start=1.0, end=7.0), unit="epochs",
+            beta=PerLayer(rest=0.75), beta_schedule=Schedule(start=1.0, end=6.0), unit="epochs",
         ),
-        train=TrainConfig(epochs=10, batch_size=128, learning_rate=0.05, warmup_epochs=0.5, nesterov=True),
+        train=TrainConfig(epochs=8, batch_size=128, learning_rate=0.05, warmup_epochs=0.5, nesterov=True),
     )  # fmt: skip
 
 
