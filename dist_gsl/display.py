@@ -53,6 +53,9 @@ class Display(Listener):
             highlight=False,
         )
 
+    def warning(self, text: str) -> None:
+        self.console.print(f"{self.title}: warning: {text}", highlight=False)
+
 
 class Steps:
     """Progress of work that counts: `steps(what, done, total)`; a bar on a terminal, a line at the start elsewhere."""

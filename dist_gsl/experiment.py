@@ -36,6 +36,9 @@ class _Recorder(Listener):
     def progress(self, epoch: int, step: int, num_steps: int, loss: float, images_per_second: float) -> None:
         self.display.progress(epoch, step, num_steps, loss, images_per_second)
 
+    def warning(self, text: str) -> None:
+        self.display.warning(text)
+
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         self.display.epoch(record, norms, masks)
         numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}

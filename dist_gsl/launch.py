@@ -27,6 +27,9 @@ class Listener:
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         """After each epoch: the record, each layer's neuron norms and which are alive (numpy, (neurons,))."""
 
+    def warning(self, text: str) -> None:
+        """What the first worker warns of."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -162,6 +165,8 @@ def _delivery(events: Any, listener: Listener) -> Iterator[None]:
                 if kind == "progress":
                     p = content[0]
                     listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
+                elif kind == "warning":
+                    listener.warning(*content)
                 else:
                     listener.epoch(*content)
             except BaseException as error:

@@ -6,7 +6,6 @@ order. Then, when all are done, neurons that reached zero are killed: momentum a
 Imports torch alone.
 """
 
-import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -20,8 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_gsl.neurons import NeuronLayer, Neurons
 from dist_gsl.penalty import Prox, SparseGroupLasso, row_norms
 from dist_gsl.tracing import check_precision
-
-log = logging.getLogger(__name__)
 
 
 class ProximalSGD(torch.optim.Optimizer):
@@ -117,7 +114,7 @@ class ProximalSGD(torch.optim.Optimizer):
 
         Gradients are averaged over workers as DDP does, or, after `set_num_samples`, over samples. Where overlap cannot
         be right (a GradScaler, clipping of the global norm, DDP's find_unused_parameters) the step is taken when
-        backward has ended, and a line on the log says so.
+        backward has ended, and a warning says so.
         """
         self._backward = _InBackward(self, ddp, max_grad_norm=max_grad_norm, scaler=scaler)
 
@@ -256,7 +253,7 @@ class _InBackward:
         ]
         self.overlap = not reasons
         if reasons:
-            log.info("stepping after backward, not within: %s", ", ".join(reasons))
+            warnings.warn(f"stepping after backward, not within it: {', '.join(reasons)}", stacklevel=3)
         self.stepping = False
         self._work: list[Any] = []  # the futures of this backward's buckets
         self._samples: tuple[Tensor, Any] | None = None

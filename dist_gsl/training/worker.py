@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray.train
 import ray.train.torch
 
+import dist_gsl
 from dist_gsl.config import RunConfig
 from dist_gsl.training import checkpoint, session
 from dist_gsl.training.loop import Progress
@@ -19,12 +21,14 @@ def train_worker(job: dict[str, Any]) -> None:
     """Trains, reports every epoch with a checkpoint, and goes on from Ray Train's last checkpoint if there is one.
 
     job: "config" (RunConfig as dict), "data_dir", "mlflow_run_id", and "events", a queue to the driver that gets
-    ("progress", Progress), ("epoch", record, norms, masks) from rank 0.
+    ("progress", Progress), ("epoch", record, norms, masks) and ("warning", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
     context = ray.train.get_context()
     is_first = context.get_world_rank() == 0
     events = job["events"]
+    if is_first:
+        _send_warnings(events)
     previous = ray.train.get_checkpoint()
     state = None
     if previous is not None:
@@ -65,3 +69,20 @@ def train_worker(job: dict[str, Any]) -> None:
         config, data_dir=Path(job["data_dir"]), device=ray.train.torch.get_device(), state=state, on_epoch=on_epoch,
         on_progress=on_progress, mlflow_run_id=job["mlflow_run_id"],
     )  # fmt: skip
+
+
+def _send_warnings(events: Any) -> None:
+    """Hands this package's warnings to the driver: what a worker prints, nobody sees."""
+    package = str(Path(dist_gsl.__file__).parent)
+    show = warnings.showwarning
+
+    def send(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:  # fmt: skip
+        if filename.startswith(package):
+            events.put_nowait(("warning", str(message)))
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = send

@@ -4,7 +4,6 @@ A case takes the rank and options and gives plain values; what differs between t
 """
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,29 +94,17 @@ def counted_all_reduces() -> Iterator[mock.Mock]:
         yield counter
 
 
-def log_lines() -> list[str]:
-    """The list to which every line that dist_gsl logs from now on is added."""
-    lines: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logger = logging.getLogger("dist_gsl")
-    logger.handlers, logger.propagate = [Handler()], False
-    logger.setLevel(logging.INFO)
-    return lines
-
-
 def attached_equals_by_hand(
     rank: int, *, accumulate: int = 1, num_steps: int = 15, epoch: int = 0, max_grad_norm: float | None = None,
     scaler: bool = False, overflow_at: int = -1, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains twice; the same options go to both. By hand is DDP's own average, then step()."""
-    lines = log_lines()
     ours, theirs = training(**options), training(**options)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7) if scaler else None for _ in range(2)]
-    ours.optimizer.attach(ours.ddp, max_grad_norm=max_grad_norm, scaler=scalers[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours.optimizer.attach(ours.ddp, max_grad_norm=max_grad_norm, scaler=scalers[0])
+    lines = [str(warning.message) for warning in caught]
     odd: set[str] = set()
     num_reduces = 0
     data = list(batches(num_steps * accumulate, seed=10 + rank))
