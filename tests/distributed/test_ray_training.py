@@ -111,6 +111,35 @@ def test_evaluate_reads_a_users_image(directory: Path, capsys: pytest.CaptureFix
     assert "broken.png" in capsys.readouterr().err
 
 
+def test_compact_and_bench_repeat_what_training_did(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = directory / "runs" / "first" / "compact"
+    before = (folder / "weights.safetensors").read_bytes()
+    assert main(["compact", "runs/first"]) == 0
+    assert (folder / "weights.safetensors").read_bytes() == before
+    assert main(["bench", "runs/first"]) == 0
+    printed = capsys.readouterr().out
+    assert "outputs differ by at most" in printed
+    assert "multiply-adds" in printed
+
+
+def test_dry_run_needs_no_data(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(directory.rglob("*"))
+    options = ["--network.width", "0.0625", "--workers.num", "2"]
+    assert main(["train", "bnet-c-places2-sgl", "--dry-run", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "features.conv10" in printed
+    assert "2 workers" in printed
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_a_collapsing_layer_is_named(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--penalty.beta.rest", "0.05", "--penalty.beta-schedule.start", "0", "--train.epochs", "1"]
+    assert main(["train", "digits", "--name", "collapsed", "--no-tracking", *options]) == 0
+    assert "would kill every neuron" in capsys.readouterr().out
+    report = json.loads((directory / "runs" / "collapsed" / "report.json").read_text())
+    assert min(layer["alive"] for layer in report["layers"]) >= 1
+
+
 def test_final_reads_the_test_split(directory: Path) -> None:
     assert main(["report", "runs/first", "--final"]) == 0
     report = json.loads((directory / "runs" / "first" / "report.json").read_text())
