@@ -54,7 +54,7 @@ def digits() -> RunConfig:
     return RunConfig(
         network=NetworkConfig("dec3", width=0.125, batch_norm=True),
         data=DataConfig(source="digits", augment=Augment.SHIFT),
-        penalty=PenaltyConfig(beta=PerLayer(rest=5.0), beta_schedule=Schedule(start=2.0, end=24.0), unit="epochs"),
+        penalty=PenaltyConfig(beta=PerLayer(rest=2.5), beta_schedule=Schedule(start=2.0, end=20.0), unit="epochs"),
         train=TrainConfig(epochs=30, batch_size=64, learning_rate=0.05, warmup_epochs=1.0, nesterov=True),
     )
 
