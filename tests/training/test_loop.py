@@ -138,7 +138,7 @@ def test_accumulation_changes_nothing_but_rounding() -> None:
     assert equal(trained()[0], trained(replace(TRAIN, accumulate=3))[0], tolerance=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:layer .* would kill every neuron")
+@pytest.mark.filterwarnings("ignore:layer .* would kill every neuron", "ignore:stepping after backward")
 def test_options_that_must_change_something_do() -> None:
     plain = trained()[0]
     for option in (
