@@ -34,9 +34,9 @@ def dec3_chars() -> RunConfig:
         network=NetworkConfig("dec3", width=0.25, batch_norm=True),
         data=DataConfig(source="chars"),
         penalty=PenaltyConfig(
-            beta=PerLayer(rest=0.75), beta_schedule=Schedule(start=1.0, end=6.0), unit="epochs",
+            beta=PerLayer(rest=1.2), beta_schedule=Schedule(start=1.5, end=9.5), unit="epochs",
         ),
-        train=TrainConfig(epochs=8, batch_size=128, learning_rate=0.05, warmup_epochs=0.5, nesterov=True),
+        train=TrainConfig(epochs=13, batch_size=128, learning_rate=0.05, warmup_epochs=1.0, nesterov=True),
     )  # fmt: skip
 
 
