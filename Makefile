@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SYSTEM_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
+# Debian keeps these two apart from python3 itself.
+SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || echo python3-dev)
 RUNS ?= runs
 DEMO ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -13,7 +16,7 @@ setup: .setup-done ## install everything; does nothing twice
 
 .setup-done: pyproject.toml constraints.txt docker/system-packages.sh
 	sh docker/system-packages.sh $(SYSTEM_PACKAGES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch .setup-done
 

@@ -8,7 +8,10 @@ gsl=.venv/bin/dist-gsl
 for recipe in dec3-chars digits; do
     for seed in 0 1 2; do
         name="$recipe-seed$seed"
-        [ -f "$runs/$name/report.json" ] || $gsl train "$recipe" --name "$name" --runs "$runs" --baseline --train.seed "$seed"
+        resume=""
+        [ ! -d "$runs/$name-baseline" ] || resume="--resume"
+        # shellcheck disable=SC2086  # no word where there is nothing to resume
+        [ -f "$runs/$name/report.json" ] || $gsl train "$recipe" --name "$name" --runs "$runs" --baseline --train.seed "$seed" $resume
         $gsl report "$runs/$name" --final
     done
 done

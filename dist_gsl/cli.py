@@ -24,13 +24,13 @@ from dist_gsl.config import RunConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `dist-gsl`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)  # paths may hold brackets
     try:
         return _run(arguments, console)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         _one_line(error)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         _one_line(error)
         return 1
     except KeyboardInterrupt:
@@ -346,8 +346,9 @@ def _ui(options: argparse.Namespace, console: Console) -> int:
         return 0
     console.print(f"MLflow UI on http://127.0.0.1:{options.port}", highlight=False)
     return subprocess.run(
-        [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port), "--backend-store-uri", uri,
+        [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port),
          "--default-artifact-root", str(tracking.artifact_root(options.runs))],
+        env={**os.environ, "MLFLOW_BACKEND_STORE_URI": uri},  # not an argument: it may hold a password
         check=False,
     ).returncode  # fmt: skip
 

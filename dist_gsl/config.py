@@ -35,6 +35,10 @@ class RunConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     """Where it runs."""
 
+    def __post_init__(self) -> None:
+        if self.penalty.revive and self.train.ema is not None:
+            raise ValueError("penalty.revive and train.ema: a neuron that may come back is never zero in the average; choose one")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings."""
         return _plain(self)

@@ -69,6 +69,21 @@ def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) ->
     return folder
 
 
+def check_baseline(baseline: RunFolder, config: RunConfig) -> None:
+    """`ValueError` unless the run is finished, without penalty, and of the same network and data."""
+    other = baseline.config
+    if not baseline.is_finished:
+        raise ValueError(f"--baseline-run {baseline.name!r} is not trained to its end; go on with it by --resume first")
+    if other.penalty.enabled:
+        raise ValueError(
+            f"--baseline-run {baseline.name!r} was trained with a penalty; name a run without, or give --baseline"
+        )
+    if (other.network, other.data.dir) != (config.network, config.data.dir):
+        raise ValueError(
+            f"--baseline-run {baseline.name!r} is of another network or other data; give --baseline instead"
+        )
+
+
 def run(
     config: RunConfig,
     *,
@@ -86,17 +101,23 @@ def run(
 
     `ValueError` for what the user gave, before anything is written.
     """
+    if config.train.init is not None:  # workers run in another directory
+        config = replace(config, train=replace(config.train, init=str(Path(config.train.init).absolute())))
     data_dir = config.data.directory().absolute()
     settled = replace(config, data=replace(config.data, dir=str(data_dir)))
     plain = replace(settled, penalty=config.penalty.without())
     # What can be refused without work is refused before any; an error in a worker comes late and far away.
-    folder = check_name(runs_dir, name, resume=resume, config=settled)
+    baseline_exists = (runs_dir / f"{name}{BASELINE}").exists()
+    with_baseline = baseline_name is None and (with_baseline or (resume and baseline_exists))
+    # Interrupted while the baseline trained, a run goes on although it has no folder of its own yet.
+    begun = (runs_dir / name).exists() or not (with_baseline and baseline_exists)
+    folder = check_name(runs_dir, name, resume=resume and begun, config=settled)
     baseline = None
     if baseline_name is not None:
         baseline = RunFolder.existing(runs_dir / baseline_name)
+        check_baseline(baseline, settled)
     elif with_baseline:
-        exists = (runs_dir / f"{name}{BASELINE}").exists()
-        baseline = check_name(runs_dir, f"{name}{BASELINE}", resume=resume and exists, config=plain)
+        baseline = check_name(runs_dir, f"{name}{BASELINE}", resume=resume and baseline_exists, config=plain)
     launch.check_machine(config.workers)
     steps = Steps(console)
     try:
@@ -104,6 +125,8 @@ def run(
     finally:
         steps.close()
     session.dry_build(config, session.shapes_of(config, data.dataset_info(data_dir)))
+    for split in ("train", "val"):  # what a loader refuses is found here and not in every worker
+        session.make_loader(settled, split, data_dir, train=split == "train", world_size=config.workers.num)
     config = settled
     with launch.ray_cluster(config.workers) as resources:
         if baseline is not None and baseline_name is None:
@@ -169,7 +192,7 @@ def _train_and_report(
         raise
     except BaseException:
         if is_new and folder.last_checkpoint() is None:  # nothing was learned: leave the name free
-            shutil.rmtree(folder.path)
+            shutil.rmtree(folder.path, ignore_errors=True)
         raise
     finally:
         tracker.end(status)
@@ -220,8 +243,12 @@ def report_again(path: Path, *, final: bool, console: Console, baseline_name: st
     """The report of a finished run once more, against the baseline it had; `final` reads the test split."""
     folder = RunFolder.existing(path)
     before = report.load(folder.path) if (folder.path / "report.json").exists() else None
-    found = folder.path.parent / (baseline_name or f"{folder.name}{BASELINE}")
-    baseline = RunFolder.existing(found) if baseline_name is not None or found.exists() else None
+    if before is not None and before.split == "test" and not final:
+        raise ValueError(f"run {folder.name!r} is reported on the test split already; --final repeats that")
+    had = baseline_name or (None if before is None else before.baseline)
+    baseline = None if had is None else RunFolder.existing(folder.path.parent / had)
+    if baseline is not None:
+        check_baseline(baseline, folder.config)
     return report_run(
         folder, console=console, baseline=baseline, recipe="" if before is None else before.recipe,
         command=[] if before is None else shlex.split(before.command), final=final,

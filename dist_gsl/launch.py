@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
     if started:
         try:
             ray.init(
-                address=address,
+                address=address or "local",  # None would join whatever Ray runs on this machine
                 include_dashboard=False if address is None else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -72,10 +72,13 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
                 f"workers.address {address!r}: no Ray cluster answers there; start one with `ray start --head`, "
                 "or leave the address out to use this machine"
             ) from error
+        except Exception as error:  # Ray raises bare ones where its processes do not come up
+            raise RuntimeError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
     try:
         total = ray.cluster_resources()
-        if workers.num * workers.cpus > total.get("CPU", 0):
-            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, total.get("CPU", 0), "the cluster"))
+        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        if sum(int(cpus // workers.cpus) for cpus in nodes) < workers.num:  # a worker lies on one node
+            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, sum(nodes), "the cluster"))
         gpu = total.get("GPU", 0) >= workers.num if workers.gpu is None else workers.gpu
         if gpu and total.get("GPU", 0) < workers.num:
             raise ValueError(_too_many(workers, "GPU", workers.num, total.get("GPU", 0), "the cluster"))
@@ -111,6 +114,7 @@ def train(
 
     `RuntimeError` with the worker's own message where training failed.
     """
+    import ray.exceptions
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -137,59 +141,66 @@ def train(
             failure_config=ray_train.FailureConfig(max_failures=config.workers.max_failures, controller_failure_limit=0),
         ),
     )  # fmt: skip
-    with _delivery(events, listener):
+    try:
+        failure = _fit(trainer, events, listener)
+    except TrainingFailedError as error:
+        raise RuntimeError(_reason(error)) from error
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray failed: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        events.shutdown(force=True)
+    if failure is not None:
+        raise RuntimeError(failure)
+
+
+def _fit(trainer: Any, events: Any, listener: Listener) -> str | None:
+    """Trains, and hands every event to the listener as it comes; what the workers gave up on, if they did.
+
+    Training runs on the side: on the main thread Ray would take Ctrl-C for itself, and the listener would come late.
+    """
+    from ray.util.queue import Empty
+
+    outcome: list[BaseException] = []
+    failure = None
+
+    def fit() -> None:
         try:
             trainer.fit()
-        except TrainingFailedError as error:
-            raise RuntimeError(_reason(error)) from error
-    events.shutdown()
+        except BaseException as error:  # raised again by the thread that waits
+            outcome.append(error)
 
-
-@contextmanager
-def _delivery(events: Any, listener: Listener) -> Iterator[None]:
-    """Hands events to the listener, on a thread of its own, until all that were sent have arrived."""
-    failure: list[BaseException] = []
-    ended = threading.Event()
-
-    def deliver() -> None:
-        from ray.util.queue import Empty
-
-        while True:
-            try:
-                kind, *content = events.get(timeout=0.5)
-            except (Empty, queue.Empty):
-                if ended.is_set():
-                    return
-                continue
-            try:
-                if kind == "progress":
-                    p = content[0]
-                    listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
-                elif kind == "warning":
-                    listener.warning(*content)
-                else:
-                    listener.epoch(*content)
-            except BaseException as error:
-                failure.append(error)
-                return
-
-    thread = threading.Thread(target=deliver, name="events", daemon=True)
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=60)
-    if failure:
-        raise failure[0]
+    while True:
+        is_over = not thread.is_alive()  # asked before the queue, so that nothing is left in it afterwards
+        try:
+            kind, *content = events.get(timeout=0.5)
+        except Empty:
+            if is_over:
+                break
+            continue
+        if kind == "progress":
+            p = content[0]
+            listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
+        elif kind == "warning":
+            listener.warning(*content)
+        elif kind == "failed":
+            (failure,) = content
+        else:
+            listener.epoch(*content)
+    if outcome:
+        raise outcome[0]
+    return failure
 
 
 def _reason(error: BaseException) -> str:
     """The message of the first worker that failed, rather than Ray's story about it."""
     failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = sorted(failures.items())[0]
-        inner = getattr(cause, "base_exc", None) or getattr(cause, "cause", None) or cause
-        lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-        return f"training failed on worker {rank}: {lines[-1].strip() if lines else type(inner).__name__}"
-    return f"training failed: {str(error).strip().splitlines()[0]}"
+    if not failures:
+        return f"training failed: {str(error).strip().splitlines()[0]}"
+    messages = []
+    for rank, cause in sorted(failures.items()):
+        lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+        messages.append(f"training failed on worker {rank}: {lines[-1] if lines else type(cause).__name__}")
+    # A worker that lost its peer says so; the peer says why.
+    return next((text for text in messages if not re.search("gloo|nccl|connection", text, re.IGNORECASE)), messages[0])

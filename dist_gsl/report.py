@@ -51,6 +51,8 @@ class Report:
     baseline_top1: float | None = None
     """Of the same network trained without the penalty, on `split`; None if it was not trained."""
     baseline_rmse: float | None = None
+    baseline: str | None = None
+    """The baseline's name, a run beside this one."""
     accuracy_gap: float | None = None
     """Learned minus baseline, in points of top-1; None without a baseline."""
 

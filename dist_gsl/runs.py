@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,13 @@ class RunFolder:
         return RunConfig.load(self.config_file)
 
     def last_checkpoint(self) -> Path | None:
-        found = sorted((self.path / CHECKPOINTS).glob(f"epoch-*/{checkpoint.FILE}"))
-        return found[-1] if found else None
+        """The last one that was written whole: Ray Train lists a checkpoint when its files are there, and resumes by
+        that list."""
+        snapshot = self.path / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+        if not snapshot.exists():
+            return None
+        latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
+        return None if latest is None else snapshot.parent / latest["checkpoint_dir_name"] / checkpoint.FILE
 
     def state(self) -> dict[str, Any]:
         """The last checkpoint. `ValueError` if there is none yet."""
@@ -170,6 +176,7 @@ def make_report(
         seed=config.train.seed, split=split,
         top1=full.get("top1"), top5=full.get("top5"), rmse=full.get("rmse"), val_top1=history[-1].get("val_top1"),
         extra_splits={name: trained.evaluate(trained.model, name)[quality] for name in extra},
+        baseline=None if baseline is None else baseline.folder.name,
         baseline_top1=None if plain is None else plain.get("top1"),
         baseline_rmse=None if plain is None else plain.get("rmse"),
         accuracy_gap=None if plain is None or "top1" not in plain else full["top1"] - plain["top1"],
@@ -180,8 +187,8 @@ def make_report(
         compact={"max_abs_difference": difference, quality: small[quality],
                  "parameters_before": sum(p.numel() for p in trained.model.parameters()),
                  "parameters_after": sum(p.numel() for p in compacted.model.parameters())},
-        speedup_percent={} if timed is None else timed.speedup_percent,
-        memory_saved_percent={} if timed is None else timed.memory_saved_percent,
+        speedup_percent=dict.fromkeys(("1", "2", "8", "16"), 0.0) if timed is None else timed.speedup_percent,
+        memory_saved_percent={"params": 0.0, "features": 0.0} if timed is None else timed.memory_saved_percent,
         multiply_adds_before=None if timed is None else timed.full.multiply_adds,
         multiply_adds_after=None if timed is None else timed.compact.multiply_adds,
         device="" if timed is None else timed.device,

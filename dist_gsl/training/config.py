@@ -67,7 +67,7 @@ class TrainConfig:
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or left out"),
             ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1), or left out"),
-            ("seed", self.seed >= 0, "at least 0"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
         ]
         for field, is_right, need in checks:
             if not is_right:

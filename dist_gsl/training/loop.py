@@ -19,6 +19,10 @@ from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.state import Position, RunState
 
 
+class DivergedError(RuntimeError):
+    """The loss is not finite. Every worker raises it in the same epoch, and trying again would end the same way."""
+
+
 class Batch(Protocol):
     images: Tensor
     targets: Tensor
@@ -63,7 +67,7 @@ def train(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for epoch in range(state.position.epoch, config.epochs):
         start = state.position.step
-        torch.manual_seed((config.seed * 1_000_003 + epoch) * 1_000_003 + rank)
+        torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1_000_003 + rank) % 2**63)
         training_data.set_epoch(epoch, start)
         state.ddp.train()
         # On the device until the epoch's end: reading a number would wait for the step.
@@ -91,7 +95,7 @@ def train(
         state.position = Position(epoch + 1, 0)
         dist.all_reduce(totals)
         if not bool(torch.isfinite(totals[0])):
-            raise RuntimeError(
+            raise DivergedError(
                 f"the loss is not finite in epoch {epoch + 1}; lower train.learning_rate or set train.max_grad_norm"
             )
         for buffer in state.evaluated.buffers():  # running statistics are each worker's own until the next forward

@@ -18,7 +18,7 @@ from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import row_norms, starting_betas
 from dist_gsl.training import loop
 from dist_gsl.training.loop import Progress
-from dist_gsl.training.state import RunState, build, build_network
+from dist_gsl.training.state import RunState, build, build_network, initialise
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,6 @@ def run(
     device: torch.device,
     state: Mapping[str, Any] | None,
     on_epoch: Callable[[RunState, dict[str, Any]], None],
-    on_start: Callable[[RunState], None] = lambda state: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     mlflow_run_id: str | None = None,
 ) -> RunState:
@@ -103,7 +102,6 @@ def run(
         steps_per_epoch=len(training_data), device=device, state=state,
     )  # fmt: skip
     run_state.mlflow_run_id = run_state.mlflow_run_id or mlflow_run_id
-    on_start(run_state)
     loop.train(
         run_state, config=config.train, penalty=config.penalty, training_data=training_data,
         validation_data=validation_data, on_epoch=on_epoch, on_progress=on_progress,
@@ -120,7 +118,9 @@ def neuron_norms(neurons: Neurons) -> dict[str, Tensor]:
 def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
     """The starting network's neurons, and every `ValueError` that building the run would raise, without data."""
     network = {**network_arguments(config, shapes), "pretrained": False}
-    _, neurons = build_network(network, image_shape=shapes.image)
+    model, neurons = build_network(network, image_shape=shapes.image)
+    if config.train.init is not None:
+        initialise(model, config.train.init)
     starting_betas(
         config.penalty,
         neurons,

@@ -112,7 +112,7 @@ def build(
     torch.manual_seed(train.seed)
     model, neurons = build_network(network, image_shape=image_shape, state=state)
     if state is None and train.init is not None:
-        _initialise(model, train.init)
+        initialise(model, train.init)
 
     def learning_rate(step: int) -> float:
         return train.learning_rate_at(step, steps_per_epoch=steps_per_epoch)
@@ -150,7 +150,8 @@ def build(
     )  # fmt: skip
 
 
-def _initialise(model: nn.Module, path: str) -> None:
+def initialise(model: nn.Module, path: str) -> None:
+    """Takes a checkpoint's parameters. `ValueError` where it is of another network or other widths."""
     source: dict[str, Tensor] = checkpoint.load(path)["model"]
     wanted = model.state_dict()
     odd = [name for name in wanted if name not in source or source[name].shape != wanted[name].shape]

@@ -13,7 +13,7 @@ import ray.train.torch
 import dist_gsl
 from dist_gsl.config import RunConfig
 from dist_gsl.training import checkpoint, session
-from dist_gsl.training.loop import Progress
+from dist_gsl.training.loop import DivergedError, Progress
 from dist_gsl.training.state import RunState
 
 
@@ -21,7 +21,7 @@ def train_worker(job: dict[str, Any]) -> None:
     """Trains, reports every epoch with a checkpoint, and goes on from Ray Train's last checkpoint if there is one.
 
     job: "config" (RunConfig as dict), "data_dir", "mlflow_run_id", and "events", a queue to the driver that gets
-    ("progress", Progress), ("epoch", record, norms, masks) and ("warning", text) from rank 0.
+    ("progress", Progress), ("epoch", record, norms, masks) ("warning", text) and ("failed", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
     context = ray.train.get_context()
@@ -45,10 +45,10 @@ def train_worker(job: dict[str, Any]) -> None:
         if not is_first:
             ray.train.report(metrics)
             return
-        layers = {
-            layer.name: (norms, layer.mask.clone())
-            for (layer, norms) in zip(run_state.neurons, session.neuron_norms(run_state.neurons).values(), strict=True)
-        }
+        norms = {name: values.numpy() for name, values in session.neuron_norms(run_state.neurons).items()}
+        masks = {layer.name: layer.alive().numpy() for layer in run_state.neurons}
+        # Before the checkpoint: an epoch told twice does no harm, one never told is lost.
+        events.put_nowait(("epoch", record, norms, masks))
         with tempfile.TemporaryDirectory() as directory:
             checkpoint.save(run_state.state_dict(), directory)
             ray.train.report(
@@ -56,19 +56,15 @@ def train_worker(job: dict[str, Any]) -> None:
                 checkpoint=ray.train.Checkpoint.from_directory(directory),
                 checkpoint_dir_name=f"epoch-{record['epoch']:04d}",
             )
-        events.put_nowait(
-            (
-                "epoch",
-                record,
-                {name: norms.numpy() for name, (norms, _) in layers.items()},
-                {name: mask.numpy() for name, (_, mask) in layers.items()},
-            )
-        )
 
-    session.run(
-        config, data_dir=Path(job["data_dir"]), device=ray.train.torch.get_device(), state=state, on_epoch=on_epoch,
-        on_progress=on_progress, mlflow_run_id=job["mlflow_run_id"],
-    )  # fmt: skip
+    try:
+        session.run(
+            config, data_dir=Path(job["data_dir"]), device=ray.train.torch.get_device(), state=state,
+            on_epoch=on_epoch, on_progress=on_progress, mlflow_run_id=job["mlflow_run_id"],
+        )  # fmt: skip
+    except DivergedError as error:  # all workers alike; Ray would only try it again
+        if is_first:
+            events.put_nowait(("failed", str(error)))
 
 
 def _send_warnings(events: Any) -> None:

@@ -1,6 +1,7 @@
 """The command line on a real Ray: train, resume, refuse, report, evaluate; two workers against one."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         assert main(["train", "digits", "--name", "first", "--baseline", *SMALL]) == 0
         yield folder
+
+
+def wait_for(file: Path, text: str, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 180
+    while not (file.exists() and text in file.read_text()):
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < end, f"no {text} within three minutes"
+        time.sleep(0.02)
 
 
 def test_the_run_folder_is_complete(directory: Path) -> None:
@@ -154,11 +163,7 @@ def test_resume_ends_where_the_uninterrupted_run_ends(directory: Path) -> None:
     command = [sys.executable, "-m", "dist_gsl.cli", "train", "digits", "--name", "cut", *SMALL]
     driver = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 180
-        while not (snapshot.exists() and "epoch-0001" in snapshot.read_text()):
-            assert driver.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < end, "no checkpoint within three minutes"
-            time.sleep(0.02)
+        wait_for(snapshot, "epoch-0001", driver)
     finally:
         driver.kill()
         driver.wait()
@@ -169,6 +174,42 @@ def test_resume_ends_where_the_uninterrupted_run_ends(directory: Path) -> None:
         assert torch.equal(tensor, cut["model"][name]), name
     assert [row["val_loss"] for row in whole["history"]] == [row["val_loss"] for row in cut["history"]]
     assert [row["alive"] for row in whole["history"]] == [row["alive"] for row in cut["history"]]
+
+
+def test_interrupted_in_the_baseline_and_resumed(directory: Path) -> None:
+    """Ctrl-C while the baseline trains says how to go on, and going on makes both runs."""
+    snapshot = directory / "runs" / "stopped-baseline" / "checkpoints" / "checkpoint_manager_snapshot.json"
+    command = [sys.executable, "-m", "dist_gsl.cli", "train", "digits", "--name", "stopped", "--baseline", *SMALL]
+    driver = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(snapshot, "epoch-0001", driver)
+        driver.send_signal(signal.SIGINT)
+        _, error = driver.communicate(timeout=120)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130
+    assert error.strip().splitlines()[-1] == "dist-gsl: interrupted; `--resume` goes on from the last checkpoint"
+    assert main(["train", "digits", "--name", "stopped", "--resume", *SMALL]) == 0
+    report = json.loads((directory / "runs" / "stopped" / "report.json").read_text())
+    first = runs.RunFolder(directory / "runs" / "first").state()
+    assert report["accuracy_gap"] is not None
+    for name, tensor in runs.RunFolder(directory / "runs" / "stopped").state()["model"].items():
+        assert torch.equal(tensor, first["model"][name]), name
+
+
+def test_a_diverging_training_ends_with_the_remedy(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--train.learning-rate",
+        "1e9",
+        "--train.warmup-epochs",
+        "0",
+        "--no-tracking",
+        "--network.batch-norm",
+        "False",
+    ]
+    assert main(["train", "digits", "--name", "exploded", *options]) == 1
+    assert "not finite in epoch 1; lower train.learning_rate" in capsys.readouterr().err
+    assert not (directory / "runs" / "exploded").exists()
 
 
 def test_two_workers_are_one_worker_on_the_joined_batch(directory: Path) -> None:
