@@ -59,6 +59,8 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
     address = workers.address or os.environ.get("RAY_ADDRESS")
     started = not ray.is_initialized()
     if started:
+        if address is None:  # nobody takes this machine away, and the watcher is a process more
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         try:
             ray.init(
                 address=address or "local",  # None would join whatever Ray runs on this machine

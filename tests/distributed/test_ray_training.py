@@ -103,7 +103,7 @@ def test_a_used_name_is_refused(directory: Path, capsys: pytest.CaptureFixture[s
     before = sorted(directory.rglob("*"))
     assert main(["train", "digits", "--name", "first", *SMALL]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main(["train", "digits", "--name", "first", "--resume", "--train.epochs", "9"]) == 2
+    assert main(["train", "digits", "--name", "first", "--resume", *SMALL[2:], "--train.epochs", "9"]) == 2
     assert "train.epochs is 9" in capsys.readouterr().err
     assert sorted(directory.rglob("*")) == before
 
