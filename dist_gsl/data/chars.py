@@ -135,7 +135,7 @@ class Split:
 
 
 SPLITS: Final[dict[str, Split]] = {
-    "train": Split(stream=0, count=8_000, fonts=Fonts.SEEN),
+    "train": Split(stream=0, count=5_000, fonts=Fonts.SEEN),
     "val": Split(stream=1, count=5_000, fonts=Fonts.SEEN),
     "test": Split(stream=2, count=10_000, fonts=Fonts.SEEN),
     "test_fonts": Split(stream=3, count=5_000, fonts=Fonts.UNSEEN),
