@@ -8,17 +8,20 @@ import io
 import itertools
 import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from dist_gsl import __version__
 from dist_gsl.config import RunConfig
+
+if TYPE_CHECKING:
+    from dist_gsl.tuning.records import SearchFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,14 +50,15 @@ def _one_line(error: BaseException) -> None:
 def _run(arguments: list[str], console: Console) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.command != "train" and rest:
+    if options.command not in ("train", "tune") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _quiet()
     commands = {
         "data": _data, "compact": _compact, "report": _report, "evaluate": _evaluate, "bench": _bench, "ui": _ui,
     }  # fmt: skip
-    if options.command == "train":
-        return _train(options, rest, arguments, console)
+    if options.command in ("train", "tune"):
+        run = _train if options.command == "train" else _tune
+        return run(options, rest, arguments, console)
     return commands[options.command](options, console)
 
 
@@ -105,14 +109,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--baseline-run", metavar="NAME", help="report the gap to an earlier run instead")
     train.add_argument(
+        "--from-trial", metavar="ID",
+        help="in the place of a recipe: train the config of a search's trial to the end, such as SEARCH/trial-003;\n"
+        "with no field changed its training goes on where it stopped, and the search's baseline is the baseline",
+    )  # fmt: skip
+    train.add_argument(
         "--dry-run", action="store_true", help="check config, shapes and cluster, without data, and stop"
     )
     train.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
 
+    tune = commands.add_parser(
+        "tune", help="search over beta, alpha and their schedules for the trade-off of accuracy and neurons",
+        allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_space_list(),
+        description="Trains many configs of a search space, each a distributed run of its own, and shows which of them no other\n"
+        "beats in both accuracy and cost. Selection reads validation data alone; then train the chosen one to the end:\n"
+        "  dist-gsl train --from-trial SEARCH/trial-003    dist-gsl report runs/NAME --final\n"
+        "Every field of the space's base config can be changed: --train.epochs 3 (`dist-gsl tune SPACE --help` lists them).",
+    )  # fmt: skip
+    tune.add_argument("space", nargs="?", help="one of the spaces below, or a Python file with base() and space()")
+    tune.add_argument("-h", "--help", action="store_true", help="this text; with SPACE, its config's fields")
+    tune.add_argument("--trials", type=int, default=20, metavar="K", help="trials in all, the baseline counted (%(default)s)")
+    tune.add_argument(
+        "--searcher", default="optuna", help="optuna (learns from both objectives), random, or grid (%(default)s)"
+    )
+    tune.add_argument(
+        "--objective", default="neurons", help="what is to be low: neurons, or latency of one image (%(default)s)"
+    )
+    tune.add_argument("--seed", type=int, default=0, help="of the search; that of each training is train.seed (%(default)s)")
+    tune.add_argument("--name", help="the search's name (SPACE-DATE-TIME)")
+    tune.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
+    tune.add_argument(
+        "--resume", action="store_true", help="go on with the search of this --name; finished trials are kept"
+    )
+    tune.add_argument("--no-baseline", action="store_true", help="leave out the first trial, which has no penalty")
+    tune.add_argument("--no-stopping", action="store_true", help="train hopeless trials to their end too")
+    tune.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (as many as the cluster holds)")
+    tune.add_argument(
+        "--max-accuracy-drop", type=float, metavar="POINTS", help="choose the cheapest trial within this of the baseline"
+    )
+    tune.add_argument(
+        "--max-latency-ms", type=float, metavar="MS", help="choose among trials whose compact network is this fast"
+    )
+    tune.add_argument("--dry-run", action="store_true", help="check space, config and cluster, and stop")
+    tune.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
+
     compact = commands.add_parser("compact", help="remove a run's dead neurons and write RUN_DIR/compact/")
     compact.add_argument("run_dir", type=Path)
     report = commands.add_parser("report", help="the table, report.json and plots of runs")
-    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, or a search's")
     report.add_argument("--baseline-run", metavar="NAME", help="the baseline's name (the run's own, NAME-baseline)")
     report.add_argument(
         "--final", action="store_true", help="read the test split, once you have chosen; else validation"
@@ -133,6 +177,14 @@ def _recipe_list() -> str:
 
     width = max(len(name) for name in RECIPES)
     return "recipes:\n" + "\n".join(f"  {name:<{width}}  {recipe.summary}" for name, recipe in RECIPES.items())
+
+
+def _space_list() -> str:
+    from dist_gsl.tuning import files
+
+    spaces = files.names()
+    width = max(map(len, spaces), default=0)
+    return "spaces:\n" + "\n".join(f"  {name:<{width}}  {files.summary(file)}" for name, file in spaces.items())
 
 
 def _quiet() -> None:
@@ -177,28 +229,42 @@ def _data(options: argparse.Namespace, console: Console) -> int:
 def _train(options: argparse.Namespace, rest: list[str], arguments: list[str], console: Console) -> int:
     from dist_gsl import recipes
 
-    if options.recipe is None or options.recipe.startswith("-"):
+    trial = None
+    if options.from_trial is not None:
+        from dist_gsl.tuning import records
+
+        trial = records.find_trial(options.runs, options.from_trial)
+        if options.recipe is not None and not options.recipe.startswith("-"):
+            raise ValueError(f"train: give a recipe or --from-trial, not both ({options.recipe!r})")
+        options.recipe, start = f"{trial.path.parent.name}-{trial.name}", trial.config
+    elif options.recipe is None or options.recipe.startswith("-"):
         if not options.help:
             raise ValueError("train: name a recipe or a config.yaml; `dist-gsl train --help` lists the recipes")
-        _train_help()
+        _command_help("train")
         return 0
-    config = _with_overrides(
-        options.recipe, recipes.find(options.recipe), [*rest, *(["--help"] if options.help else [])]
-    )
+    else:
+        start = recipes.find(options.recipe)
+    config = _with_overrides(f"train {options.recipe}", start, [*rest, *(["--help"] if options.help else [])])
     if options.baseline and options.baseline_run:
         raise ValueError("train: give --baseline or --baseline-run, not both")
+    if trial is not None and config != trial.config:
+        trial = None  # another training: from its start
+    elif trial is not None and not (options.baseline or options.baseline_run):
+        options.baseline_run = records.baseline_of(options.runs, trial)
     if options.dry_run:
         return _dry_run(options.recipe, config, console)
     from dist_gsl import experiment, report
 
-    recipe = options.recipe if options.recipe in recipes.RECIPES else Path(options.recipe).parent.name
+    recipe = options.recipe
+    if recipe not in recipes.RECIPES and options.from_trial is None:
+        recipe = Path(recipe).parent.name
     name = options.name or f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if options.resume and not options.name:
         raise ValueError("train: --resume needs the --name of the run to go on with")
     made = experiment.run(
         config, name=name, runs_dir=options.runs, recipe=recipe, command=["dist-gsl", *arguments], console=console,
         resume=options.resume, with_baseline=options.baseline, baseline_name=options.baseline_run,
-        track=not options.no_tracking,
+        track=not options.no_tracking, continued=trial,
     )  # fmt: skip
     report.print_table([made], console)
     console.print(
@@ -207,13 +273,75 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str], c
     return 0
 
 
-def _train_help() -> None:
+def _tune(options: argparse.Namespace, rest: list[str], arguments: list[str], console: Console) -> int:
+    from dist_gsl.tuning import files
+
+    if options.space is None or options.space.startswith("-"):
+        if not options.help:
+            raise ValueError("tune: name a space or a .py file; `dist-gsl tune --help` lists the spaces")
+        _command_help("tune")
+        return 0
+    file, base, space = files.load(options.space)
+    base = _with_overrides(f"tune {options.space}", base, [*rest, *(["--help"] if options.help else [])])
+    if options.resume and not options.name:
+        raise ValueError("tune: --resume needs the --name of the search to go on with")
+    from dist_gsl.tuning import driver, results
+    from dist_gsl.tuning import space as spaces
+    from dist_gsl.tuning.records import SearchSettings
+    from dist_gsl.tuning.stopping import StoppingConfig
+
+    settings = SearchSettings(
+        space_file=file.stem, space={}, base=base, searcher=options.searcher, objective=options.objective,
+        seed=options.seed, baseline=not options.no_baseline, stopping=None if options.no_stopping else StoppingConfig(),
+    )  # fmt: skip
+    if options.dry_run:
+        spaces.check(space, base)
+        return _dry_run(options.space, base, console)
+    folder = driver.search(
+        settings, space, num_trials=options.trials, name=options.name or f"{file.stem}-{datetime.now():%Y%m%d-%H%M%S}",
+        runs_dir=options.runs, console=console, command=["dist-gsl", *arguments], resume=options.resume,
+        track=not options.no_tracking, max_concurrent=options.max_concurrent,
+    )  # fmt: skip
+    front = results.load(folder)
+    results.print_front(front, console)
+    is_met = _show_choice(folder, options, console)
+    console.print(f"search: {options.runs / folder.name}   plot: {options.runs / folder.name / results.FRONT_PLOT}"
+                  "   MLflow: dist-gsl ui", highlight=False)  # fmt: skip
+    if front.failed:
+        print(f"dist-gsl: error: {len(front.failed)} of {len(front.trials)} trials failed, see above", file=sys.stderr)
+    return 0 if is_met and not front.failed else 1
+
+
+def _show_choice(folder: SearchFolder, options: argparse.Namespace, console: Console) -> bool:
+    """Names the trial to take: under the constraints that were given, else the knee. False if none fits."""
+    from dist_gsl.tuning import results
+
+    drop, latency = options.max_accuracy_drop, options.max_latency_ms
+    if drop is None and latency is None:
+        chosen, why = results.load(folder).knee, "knee of the front"
+    else:
+        if latency is not None:
+            results.add_latencies(folder)
+        chosen = results.load(folder).choose(max_accuracy_drop=drop, max_latency_ms=latency)
+        why = " and ".join(
+            [*([] if drop is None else [f"at most {drop:g} points below the reference"]),
+             *([] if latency is None else [f"at most {latency:g} ms"])]
+        )  # fmt: skip
+    if chosen is None:
+        console.print(f"choice ({why}): no finished trial fits; loosen the constraint or search on", highlight=False)
+        return drop is None and latency is None
+    name = f"{folder.name}/trial-{chosen.number:03d}"
+    console.print(f"choice ({why}): {name}   to the end: dist-gsl train --from-trial {name}", highlight=False)
+    return True
+
+
+def _command_help(command: str) -> None:
     parser = _parser()
     subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    print(subparsers.choices["train"].format_help())
+    print(subparsers.choices[command].format_help())
 
 
-def _with_overrides(recipe: str, config: RunConfig, arguments: list[str]) -> RunConfig:
+def _with_overrides(command: str, config: RunConfig, arguments: list[str]) -> RunConfig:
     """The config with `--any.field value` applied; one line for what does not fit."""
     import tyro
 
@@ -225,13 +353,13 @@ def _with_overrides(recipe: str, config: RunConfig, arguments: list[str]) -> Run
             check_field(argument[2:].partition("=")[0].replace("-", "_"), known)
         elif not argument.startswith("-") and argument is arguments[0]:
             raise ValueError(
-                f"train: {argument!r} is neither a field nor an option; fields look like --train.epochs 20"
+                f"{command.split()[0]}: {argument!r} is neither a field nor an option; fields look like --train.epochs 20"
             )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                RunConfig, default=config, args=arguments, prog=f"dist-gsl train {recipe}",
+                RunConfig, default=config, args=arguments, prog=f"dist-gsl {command}",
                 config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagConversionOff),
             )  # fmt: skip
     except SystemExit as stop:
@@ -289,12 +417,21 @@ def _compact(options: argparse.Namespace, console: Console) -> int:
 
 def _report(options: argparse.Namespace, console: Console) -> int:
     from dist_gsl import experiment, report
+    from dist_gsl.tuning import results
+    from dist_gsl.tuning.records import SEARCH_FILE, SearchFolder
 
+    searches = [path for path in options.run_dirs if (path / SEARCH_FILE).is_file()]
+    if searches and options.final:
+        raise ValueError(f"--final: {searches[0]} is a search, and selection never reads the test split; name a run")
+    for path in searches:
+        results.print_front(results.load(SearchFolder.existing(path)), console)
     reports = [
         experiment.report_again(path, final=options.final, console=console, baseline_name=options.baseline_run)
         for path in options.run_dirs
+        if path not in searches
     ]
-    report.print_table(reports, console)
+    if reports:
+        report.print_table(reports, console)
     return 0
 
 
@@ -344,13 +481,18 @@ def _ui(options: argparse.Namespace, console: Console) -> int:
     if uri.startswith(("http://", "https://")):
         console.print(f"the store in use is a server: open {tracking.masked(uri)}", highlight=False)
         return 0
-    console.print(f"MLflow UI on http://127.0.0.1:{options.port}", highlight=False)
-    return subprocess.run(
+    console.print(f"MLflow UI on http://127.0.0.1:{options.port}   (Ctrl-C ends it)", highlight=False)
+    environment = {
+        **os.environ, "MLFLOW_BACKEND_STORE_URI": uri,  # not an argument: it may hold a password
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # processes of its own, for what is not used here
+    }  # fmt: skip
+    sys.stdout.flush()
+    os.execve(  # in our place, so that whoever ends this command ends the server
+        sys.executable,
         [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port),
          "--default-artifact-root", str(tracking.artifact_root(options.runs))],
-        env={**os.environ, "MLFLOW_BACKEND_STORE_URI": uri},  # not an argument: it may hold a password
-        check=False,
-    ).returncode  # fmt: skip
+        environment,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -69,6 +69,16 @@ class RunConfig:
         """{"train.epochs": 12, ...}."""
         return dict(_flatten(self.to_dict(), ""))
 
+    def effective(self) -> dict[str, float]:
+        """The penalty in plain numbers by short names, for comparing runs: what is left out has the value it stands for."""
+        beta, alpha, schedule = self.penalty.beta, self.penalty.alpha, self.penalty.beta_schedule
+        return {
+            "beta_rest": beta.rest, "beta_first": beta.rest if beta.first is None else beta.first,
+            "beta_num_first": 0 if beta.first is None else beta.num_first, "alpha": alpha.rest,
+            "penalty_start": schedule.start, "penalty_ramp": schedule.ramp,
+            "penalty_end": float(self.train.epochs) if schedule.end is None else schedule.end,
+        }  # fmt: skip
+
 
 def field_names() -> list[str]:
     """Every field's dotted name, e.g. "penalty.beta.rest"."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dist_gsl.launch import Listener
+
+if TYPE_CHECKING:
+    from dist_gsl.tuning.records import TrialRecord
 
 
 class Display(Listener):
@@ -46,15 +49,82 @@ class Display(Listener):
             )
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
-        quality = f"top-1 {record['val_top1']:.2f} %" if "val_top1" in record else f"rmse {record['val_rmse']:.4f}"
         self.console.print(
-            f"{self.title}: epoch {record['epoch']:>2}/{self.num_epochs}  loss {record['train_loss']:.3f}  validation {quality}"
+            f"{self.title}: epoch {record['epoch']:>2}/{self.num_epochs}  loss {record['train_loss']:.3f}  validation {_quality(record)}"
             f"  neurons removed {record['all_neurons']:.1f} %  {record['images_per_second']:,.0f} images/s",
             highlight=False,
         )
 
     def warning(self, text: str) -> None:
         self.console.print(f"{self.title}: warning: {text}", highlight=False)
+
+
+class SearchDisplay:
+    """Shows a search: a bar over all epochs of all trials on a terminal, a line for whatever happens everywhere."""
+
+    def __init__(self, console: Console, *, title: str, num_trials: int, num_epochs: int) -> None:
+        self.console, self.title, self.num_trials, self.num_epochs = console, title, num_trials, num_epochs
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+        self._num_done = 0
+        self._epochs: dict[int, int] = {}
+        """Epochs done of the trials that run."""
+
+    def begin(self, *, num_done: int, num_interrupted: int) -> None:
+        self._num_done = num_done
+        before = f", {num_done} done before, {num_interrupted} to go on with" if num_done or num_interrupted else ""
+        self._say(f"{self.num_trials} trials of {self.num_epochs} epochs{before}")
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+                TimeRemainingColumn(), console=self.console, transient=True,
+            )  # fmt: skip
+            self._bars.start()
+            self._task = self._bars.add_task(self.title, total=self.num_trials * self.num_epochs)
+        self._move()
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def started(self, trial: TrialRecord) -> None:
+        chosen = ", ".join(f"{name}={_brief(value)}" for name, value in trial.params.items())
+        again = f", goes on after epoch {trial.curve[-1].epoch}" if trial.curve else ""
+        self._say(f"trial {trial.number}: {'without penalty' if trial.is_baseline else chosen}{again}")
+
+    def epoch(self, trial: TrialRecord, record: dict[str, Any]) -> None:
+        self._epochs[trial.number] = record["epoch"]
+        self._say(
+            f"trial {trial.number}: epoch {record['epoch']:>2}/{self.num_epochs}  {_quality(record)}"
+            f"  neurons removed {record['all_neurons']:.1f} %"
+        )
+        self._move()
+
+    def ended(self, trial: TrialRecord) -> None:
+        self._epochs.pop(trial.number, None)
+        self._num_done += 1
+        self._say(f"trial {trial.number}: {trial.status.value}" + (f": {trial.reason}" if trial.reason else ""))
+        self._move()
+
+    def warning(self, trial: TrialRecord, text: str) -> None:
+        self._say(f"trial {trial.number}: warning: {text}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"{self.title}: {text}", highlight=False)
+
+    def _move(self) -> None:
+        if self._bars is not None and self._task is not None:
+            done = self._num_done * self.num_epochs + sum(self._epochs.values())
+            self._bars.update(self._task, completed=done)
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _quality(record: dict[str, Any]) -> str:
+    return f"top-1 {record['val_top1']:.2f} %" if "val_top1" in record else f"rmse {record['val_rmse']:.4f}"
 
 
 class Steps:

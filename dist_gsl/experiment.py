@@ -17,12 +17,11 @@ from dist_gsl.config import RunConfig
 from dist_gsl.display import Display, Steps
 from dist_gsl.launch import Listener
 from dist_gsl.report import NeuronLog, Report
-from dist_gsl.runs import RunFolder, Trained
+from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
 from dist_gsl.tracking import Tracker
 from dist_gsl.training import session
 
 BASELINE = "-baseline"
-NEURON_LOG = "neurons.parquet"
 
 
 class _Recorder(Listener):
@@ -41,17 +40,18 @@ class _Recorder(Listener):
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         self.display.epoch(record, norms, masks)
-        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-        alive = {f"alive/{layer}": count for layer, count in record["alive"].items()}
-        self.tracker.metrics({**numbers, **alive}, step=record["epoch"])
+        _track(self.tracker, record)
         self.log.append(record["epoch"], norms, masks)
         self.log.write(self.log_file)
 
 
+def _track(tracker: Tracker, record: dict[str, Any]) -> None:
+    tracker.metrics(tracking.epoch_metrics(record), step=record["epoch"])
+
+
 def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) -> RunFolder:
     """The run's folder. `ValueError` for a name in use without `resume`, or a resume with another config."""
-    if not name or name != Path(name).name or name.startswith("."):
-        raise ValueError(f"--name {name!r} must be a plain name without slashes, such as my-run")
+    runs.check_plain_name(name)
     folder = RunFolder(runs_dir.absolute() / name)
     if folder.config_file.exists():
         if not resume:
@@ -96,8 +96,11 @@ def run(
     with_baseline: bool = False,
     baseline_name: str | None = None,
     track: bool = True,
+    continued: RunFolder | None = None,
 ) -> Report:
     """Trains a run (and, if asked, the same without penalty first), removes its dead neurons, and reports on validation.
+
+    continued: a run of the same config, a trial of a search say, whose training goes on in this one.
 
     `ValueError` for what the user gave, before anything is written.
     """
@@ -142,6 +145,8 @@ def run(
                 track=track,
                 runs_dir=runs_dir,
             )
+        if continued is not None and not folder.path.exists():
+            _take_over(continued, folder)
         return _train_and_report(
             config,
             folder,
@@ -154,6 +159,18 @@ def run(
             track=track,
             runs_dir=runs_dir,
         )
+
+
+def _take_over(source: RunFolder, folder: RunFolder) -> None:
+    """Copies what a training has come to into a new run's folder, whole or not at all."""
+    temporary = folder.path.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if source.last_checkpoint() is not None:
+        shutil.copytree(source.path / runs.CHECKPOINTS, temporary / runs.CHECKPOINTS)
+    if (source.path / NEURON_LOG).exists():
+        shutil.copy(source.path / NEURON_LOG, temporary / NEURON_LOG)
+    temporary.rename(folder.path)
 
 
 def _train_and_report(
@@ -174,9 +191,13 @@ def _train_and_report(
     config.save(folder.config_file)
     tracker: Tracker = tracking.MlflowTracker(runs_dir) if track else tracking.NullTracker()
     last = folder.last_checkpoint()
-    previous_id = folder.state()["mlflow_run_id"] if last is not None else None
-    run_id = tracker.start(folder.name, config.flat(), {"recipe": recipe}, run_id=previous_id)
+    state = None if last is None else folder.state()
+    previous_id = None if state is None else state["mlflow_run_id"]
+    run_id = tracker.start(folder.name, config.flat() | config.effective(), {"recipe": recipe}, run_id=previous_id)
     status = tracking.Status.FAILED
+    if state is not None and previous_id is None:  # trained so far without a run of its own in the store
+        for record in state["history"]:
+            _track(tracker, record)
     try:
         if not folder.is_finished:
             with Display(console, title=folder.name, num_epochs=config.train.epochs) as display:

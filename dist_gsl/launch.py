@@ -37,6 +37,8 @@ class Resources:
 
     num_workers: int
     gpu: bool
+    num_concurrent: int = 1
+    """How many such runs fit the cluster at once."""
 
 
 def prepare_data(config: RunConfig, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
@@ -48,10 +50,11 @@ def prepare_data(config: RunConfig, *, progress: Callable[[str, int, int], None]
 
 
 @contextmanager
-def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
+def ray_cluster(workers: WorkersConfig, *, dashboard: bool = False) -> Iterator[Resources]:
     """A connection to the cluster, or a Ray of our own on this machine for as long as the context lasts.
 
     `ValueError` at once, with the numbers, where the cluster cannot hold the workers: Ray itself would wait for ever.
+    A Ray of our own has no `dashboard` unless asked for; without it Ray does not free what a stopped run reserved.
     """
     import ray
 
@@ -64,7 +67,7 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
         try:
             ray.init(
                 address=address or "local",  # None would join whatever Ray runs on this machine
-                include_dashboard=False if address is None else None,
+                include_dashboard=dashboard if address is None else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=True,
@@ -78,13 +81,17 @@ def ray_cluster(workers: WorkersConfig) -> Iterator[Resources]:
             raise RuntimeError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
     try:
         total = ray.cluster_resources()
-        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        if sum(int(cpus // workers.cpus) for cpus in nodes) < workers.num:  # a worker lies on one node
-            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, sum(nodes), "the cluster"))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        slots = sum(int(node.get("CPU", 0) // workers.cpus) for node in nodes)  # a worker lies on one node
+        if slots < workers.num:
+            available = sum(node.get("CPU", 0) for node in nodes)
+            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "the cluster"))
         gpu = total.get("GPU", 0) >= workers.num if workers.gpu is None else workers.gpu
         if gpu and total.get("GPU", 0) < workers.num:
             raise ValueError(_too_many(workers, "GPU", workers.num, total.get("GPU", 0), "the cluster"))
-        yield Resources(workers.num, gpu)
+        if gpu:
+            slots = sum(min(int(node.get("CPU", 0) // workers.cpus), int(node.get("GPU", 0))) for node in nodes)
+        yield Resources(workers.num, gpu, max(1, slots // workers.num))
     finally:
         if started:
             ray.shutdown()

@@ -51,7 +51,61 @@ def write_plots(
     return files
 
 
+def write_front(
+    file: Path, *, points: Mapping[int, tuple[float, float]], front: Sequence[int], knee: int | None,
+    baseline: int | None, stopped: Sequence[int], objective: str, title: str,
+) -> Path:  # fmt: skip
+    """Draw a search: {trial: (quality, cost)}, the trials of its front by rising cost, its knee and its baseline.
+
+    Cost is the percentage of neurons alive, or milliseconds for `objective` "latency".
+    """
+    import matplotlib as mpl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(_style()):
+        return _save(
+            front_figure(points=points, front=front, knee=knee, baseline=baseline, stopped=stopped, objective=objective,
+                         title=title), file,
+        )  # fmt: skip
+
+
 # --- one function a plot
+
+
+def front_figure(
+    *, points: Mapping[int, tuple[float, float]], front: Sequence[int], knee: int | None, baseline: int | None,
+    stopped: Sequence[int], objective: str, title: str,
+) -> Figure:  # fmt: skip
+    """Accuracy against neurons removed (or run time), a point a trial; the front is joined."""
+
+    def place(trial: int) -> tuple[float, float]:
+        quality, cost = points[trial]
+        return (100 - cost if objective == "neurons" else cost), quality
+
+    figure, axes = _figure(height=4.4)
+    others = [trial for trial in points if trial not in front and trial not in stopped]
+    if front:
+        axes.plot(*zip(*map(place, front), strict=True), color=_AFTER, linewidth=1.2, drawstyle="steps-post", zorder=1)
+    for trials, colour, label in (
+        (others, "#8a97a8", "dominated"), (front, _AFTER, "front"), ([t for t in stopped if t in points], _BEFORE, "stopped"),
+    ):  # fmt: skip
+        if trials:
+            x, y = zip(*map(place, trials), strict=True)
+            axes.scatter(x, y, s=34, color=colour, label=label, edgecolors="white", linewidths=0.5, zorder=2)
+    if knee is not None:
+        at = place(knee)
+        axes.scatter(at[:1], at[1:], s=130, facecolors="none", edgecolors=_ACCENT, linewidths=1.6, label="knee", zorder=3)
+    if baseline is not None:
+        axes.axhline(place(baseline)[1], color=_ACCENT, linewidth=1.1, linestyle="--", zorder=0, label="without penalty")
+    for trial in front:
+        axes.annotate(str(trial), place(trial), (5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("neurons removed, percent" if objective == "neurons" else "run time of one image, ms")
+    axes.set_ylabel("quality on validation (top-1 percent, or minus rmse)")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    _title(axes, f"{title}: what the trials reached")
+    return figure
+
+
 
 
 def neurons_figure(report: Report) -> Figure:

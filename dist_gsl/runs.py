@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,18 @@ from dist_gsl.training import checkpoint, loop, session
 from dist_gsl.training.state import build_network
 
 CHECKPOINTS = "checkpoints"
+NEURON_LOG = "neurons.parquet"
 Say = Callable[[str], None]
 
 
 def _silent(text: str) -> None:
     pass
+
+
+def check_plain_name(name: str) -> None:
+    """`ValueError` unless it can be a folder's name."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ValueError(f"--name {name!r} must be a plain name without slashes, such as my-run")
 
 
 @dataclass(frozen=True)
@@ -153,9 +161,11 @@ def make_report(
     recipe: str = "",
     command: str = "",
     final: bool = False,
+    run_time: bool = True,
     say: Say = _silent,
 ) -> tuple[Report, compaction.Compacted]:
-    """Compacts a run, evaluates both networks and the baseline, times them. `final` reads the test splits."""
+    """Compacts a run, evaluates both networks and the baseline, times them (unless told not to measure
+    run time: where others compute on the same machine it says little). `final` reads the test splits."""
     config, history = trained.config, trained.state["history"]
     before = measure(trained.model, trained.neurons)
     compacted, difference = compact_run(trained, say=say)
@@ -167,7 +177,7 @@ def make_report(
     quality = "top1" if "top1" in full else "rmse"
     extra = [name for name in trained.info.splits if name not in ("train", "val", "test")] if final else []
     timed = None
-    if trained.has_dead_neurons:  # else they are the same network
+    if run_time and trained.has_dead_neurons:  # else they are the same network
         say("timing the full against the compact network")
         example = torch.zeros(1, *trained.image_shape)
         timed = timing.compare(trained.model.eval(), compacted.model.eval(), example=example)
@@ -176,7 +186,7 @@ def make_report(
         seed=config.train.seed, split=split,
         top1=full.get("top1"), top5=full.get("top5"), rmse=full.get("rmse"), val_top1=history[-1].get("val_top1"),
         extra_splits={name: trained.evaluate(trained.model, name)[quality] for name in extra},
-        baseline=None if baseline is None else baseline.folder.name,
+        baseline=None if baseline is None else os.path.relpath(baseline.folder.path, trained.folder.path.parent),
         baseline_top1=None if plain is None else plain.get("top1"),
         baseline_rmse=None if plain is None else plain.get("rmse"),
         accuracy_gap=None if plain is None or "top1" not in plain else full["top1"] - plain["top1"],

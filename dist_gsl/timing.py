@@ -116,6 +116,20 @@ def compare(
     return Comparison(timings=timings, full=sizes[0], compact=sizes[1], device=where)
 
 
+def latency_ms(network: nn.Module, *, example: Tensor, repeats: int = 200, seconds: float = 3.0) -> float:
+    """Median run time in milliseconds for the first input of `example`, on the device the network is on."""
+    device = next(network.parameters()).device
+    network, one, synchronize = copy.deepcopy(network).eval(), example[:1].to(device), _synchronize(device)
+    began = time.perf_counter()
+    taken: list[float] = []
+    with torch.inference_mode():
+        for _ in range(3):
+            _run_s(network, one, synchronize)
+        while len(taken) < repeats and (len(taken) < 3 or time.perf_counter() - began < seconds):
+            taken.append(_run_s(network, one, synchronize))
+    return 1e3 * statistics.median(taken)
+
+
 @torch.no_grad()
 def size(network: nn.Module, *, example: Tensor) -> Size:
     """Parameters, features and multiply-adds of a network for the first input of a batch, as it runs in evaluation."""

@@ -99,6 +99,12 @@ class NullTracker(Tracker):
     """Tracks nothing."""
 
 
+def epoch_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an epoch's record, and the alive neurons of each layer as "alive/LAYER"."""
+    numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+    return {**numbers, **{f"alive/{layer}": count for layer, count in record["alive"].items()}}
+
+
 def tracking_uri(runs_dir: str | Path) -> str:
     """The store in use: MLFLOW_TRACKING_URI, else the database `mlflow.db` in the folder of the runs (absolute)."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()

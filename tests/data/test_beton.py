@@ -271,8 +271,9 @@ sources.read_rgb = read_slowly
 data.write("imagefolder:{image_folder}", {str(out)!r}, num_workers=2)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as program:
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+    ) as program:  # fmt: skip
         assert program.stdout is not None
         assert program.stderr is not None
         for _ in range(2):

@@ -1,0 +1,334 @@
+"""A search from space to front: Ray Tune runs the trials, the files of the search are the truth, MLflow is told.
+
+Everything is written by this one process; trials send it what they learn.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dist_gsl import data, launch, tracking
+from dist_gsl.config import RunConfig
+from dist_gsl.display import SearchDisplay, Steps
+from dist_gsl.runs import NEURON_LOG, check_plain_name
+from dist_gsl.tracking import Tracker
+from dist_gsl.training import session
+from dist_gsl.tuning import results, stopping
+from dist_gsl.tuning import space as spaces
+from dist_gsl.tuning.records import SearchFolder, SearchSettings, Status, TrialRecord, described, known_points
+from dist_gsl.tuning.searchers import suggest
+from dist_gsl.tuning.space import Space
+from dist_gsl.tuning.stopping import Moment
+from dist_gsl.tuning.trial import TOLD, quiet, run_trial
+
+RETRIES = 2
+"""Times a trial whose own process was lost is begun again, each time going on from its last checkpoint."""
+
+
+def search(
+    settings: SearchSettings,
+    space: Space,
+    *,
+    num_trials: int,
+    name: str,
+    runs_dir: Path,
+    console: Console,
+    command: Sequence[str] = (),
+    resume: bool = False,
+    track: bool = True,
+    max_concurrent: int | None = None,
+) -> SearchFolder:
+    """Runs trials until `num_trials` are done, the baseline counted; finished ones of an earlier start are kept.
+
+    `ValueError` for what the user gave, before anything is started or written.
+    """
+    check_plain_name(name)
+    folder = SearchFolder(runs_dir.absolute() / name)
+    spaces.check(space, settings.base)
+    if num_trials < 1:
+        raise ValueError(f"--trials is {num_trials}, must be at least 1")
+    if settings.searcher == "grid":
+        num_trials = min(num_trials, len(spaces.grid(space)) + settings.baseline)
+    given = settings.base
+    data_dir = given.data.directory().absolute()
+    base = replace(given, data=replace(given.data, dir=str(data_dir)))
+    settings = replace(settings, base=base, space=described(space))
+    _check_folder(folder, settings, resume=resume)
+    launch.check_machine(base.workers)
+    steps = Steps(console)
+    try:
+        launch.prepare_data(given, progress=steps)
+    finally:
+        steps.close()
+    neurons = session.dry_build(base, session.shapes_of(base, data.dataset_info(data_dir)))
+    widths = {layer.name: layer.num_neurons for layer in neurons}
+    for split in ("train", "val"):
+        session.make_loader(base, split, data_dir, train=split == "train", world_size=base.workers.num)
+    with launch.ray_cluster(base.workers, dashboard=True) as resources:
+        conductor = _Conductor(
+            folder, settings, space, num_trials, widths, data_dir, runs_dir, command, console, track
+        )  # fmt: skip
+        conductor.begin()
+        status = tracking.Status.FAILED
+        try:
+            if conductor.remaining:
+                concurrent = min(resources.num_concurrent, max_concurrent or resources.num_concurrent)
+                _run_tune(conductor, gpu=resources.gpu, max_concurrent=concurrent)
+            status = tracking.Status.FINISHED
+        except KeyboardInterrupt:
+            status = tracking.Status.KILLED
+            raise
+        finally:
+            conductor.end(status)
+    return folder
+
+
+def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: bool) -> None:
+    if folder.path.exists() and not folder.settings_file.exists():
+        raise ValueError(f"{folder.path} exists and is no search; choose another --name")
+    if not folder.path.exists():
+        if resume:
+            raise ValueError(f"--resume: there is no search {folder.name!r} in {folder.path.parent}; leave --resume out")
+        return
+    if not resume:
+        raise ValueError(f"search {folder.name!r} exists: choose another --name, or go on with it by --resume")
+    before, now = folder.settings(), settings
+    pairs = [
+        *((f"the space's {key}", before.space.get(key), now.space.get(key)) for key in {**before.space, **now.space}),
+        *((f"--{key}", getattr(before, key), getattr(now, key)) for key in ("searcher", "objective", "seed", "baseline")),
+        *((key, before.base.flat().get(key), value) for key, value in now.base.flat().items() if "workers." not in key),
+    ]
+    for what, old, new in pairs:
+        if old != new:
+            raise ValueError(
+                f"--resume: {what} is {new}, but search {folder.name!r} was begun with {old}; "
+                "leave it as it was, or start a new --name"
+            )
+
+
+class _Conductor:
+    """Decides what is tried next and what is stopped, and writes down what comes of it."""
+
+    def __init__(
+        self, folder: SearchFolder, settings: SearchSettings, space: Space, num_trials: int, widths: dict[str, int],
+        data_dir: Path, runs_dir: Path, command: Sequence[str], console: Console, track: bool,
+    ) -> None:  # fmt: skip
+        self.folder, self.settings, self.space, self.data_dir = folder, settings, space, data_dir
+        self.runs_dir, self.command, self.track = runs_dir, list(command), track
+        self.num_trials, self.widths = num_trials, widths
+        self.records = folder.records()
+        epochs = settings.base.train.epochs
+        self.display = SearchDisplay(console, title=folder.name, num_trials=num_trials, num_epochs=epochs)
+        self.parent = self._tracker()
+        self.trackers: dict[int, Tracker] = {}
+
+    # --- begin and end
+
+    @property
+    def remaining(self) -> list[int]:
+        """Numbers of the trials to run: those that were interrupted first, then new ones."""
+        left = [number for number in range(self.num_trials) if number not in self.records or not self.records[number].is_done]
+        return sorted(left, key=lambda number: (number not in self.records, number))
+
+    def begin(self) -> None:
+        params = {"searcher": self.settings.searcher, "objective": self.settings.objective, "seed": self.settings.seed,
+                  "trials": self.num_trials, **{f"space.{key}": text for key, text in self.settings.space.items()}}  # fmt: skip
+        tags = {"kind": "search", "space": self.settings.space_file}
+        self.folder.save_settings(self.settings, self.folder.mlflow_run_id())
+        run_id = self.parent.start(self.folder.name, params, tags, run_id=self.folder.mlflow_run_id())
+        self.folder.save_settings(self.settings, run_id)
+        self.queue = self.remaining
+        num_done = sum(record.is_done for record in self.records.values())
+        self.display.begin(num_done=num_done, num_interrupted=len(self.records) - num_done)
+
+    def end(self, status: tracking.Status) -> None:
+        self.display.close()
+        for number in list(self.trackers):  # those still running
+            self.trackers.pop(number).end(tracking.Status.KILLED)
+        if any(record.is_done for record in self.records.values()):
+            front = results.write(self.folder, self.settings, self.records)
+            self.parent.summary(front.numbers())
+            self.parent.artifacts([*front.files, self.folder.settings_file])
+            self.parent.table("trials", front.rows())
+        self.parent.end(status)
+
+    def _tracker(self) -> Tracker:
+        return tracking.MlflowTracker(self.runs_dir) if self.track else tracking.NullTracker()
+
+    # --- trials
+
+    def next_job(self) -> dict[str, Any] | None:
+        """The next trial, written down as begun; None when there is no more."""
+        if not self.queue:
+            return None
+        number = self.queue[0]
+        record = self.records.get(number)
+        if record is None:
+            is_baseline = self.settings.baseline and number == 0
+            params = {} if is_baseline else suggest(
+                self.space, searcher=self.settings.searcher, seed=self.settings.seed, number=number - self.settings.baseline,
+                known=known_points(self.records, objective=self.settings.objective),
+            )  # fmt: skip
+            if params is None:
+                return None
+            record = TrialRecord(number, params, is_baseline)
+        self.queue.pop(0)
+        config = self.config_of(record)
+        run_folder = self.folder.trial(number)
+        run_folder.path.mkdir(parents=True, exist_ok=True)
+        config.save(run_folder.config_file)
+        tracker = self.trackers[number] = self._tracker()
+        tags = {"kind": "trial", "trial": str(number)}
+        if self.parent.run_id is not None:
+            tags["mlflow.parentRunId"] = self.parent.run_id
+        record.mlflow_run_id = tracker.start(
+            f"{self.folder.name}/{run_folder.name}", config.flat() | config.effective(), tags, run_id=record.mlflow_run_id
+        )
+        record.num_starts += 1
+        self.records[number] = record
+        self.folder.save(record)
+        self.display.started(record)
+        return {"number": number, "config": config.to_dict(), "folder": str(run_folder.path),
+                "data_dir": str(self.data_dir), "latency": self.settings.objective == "latency",
+                "command": " ".join(self.command)}  # fmt: skip
+
+    def config_of(self, record: TrialRecord) -> RunConfig:
+        if record.is_baseline:
+            return replace(self.settings.base, penalty=self.settings.base.penalty.without())
+        return spaces.applied(self.settings.base, record.params)
+
+    def result(self, number: int, kind: str, content: Any) -> bool:
+        """Takes what a trial tells (see `run_trial`); whether it is to be stopped."""
+        record = self.records[number]
+        if record.is_done:
+            return False
+        if kind == "failed":
+            self.finish(record, Status.FAILED, content)
+        elif kind == "warning":
+            self.display.warning(record, content)
+        elif kind == "epoch":
+            return self._epoch(record, content)
+        else:
+            record.summary, record.latency_ms = content["summary"], content["latency_ms"]
+            self.finish(record, Status.FINISHED)
+        return False
+
+    def _epoch(self, record: TrialRecord, epoch: dict[str, Any]) -> bool:
+        quality = epoch["val_top1"] if "val_top1" in epoch else -epoch["val_rmse"]
+        moment = Moment(int(epoch["epoch"]), float(quality), 100.0 - float(epoch["all_neurons"]))
+        # A trial that goes on from its checkpoint may tell an epoch twice.
+        record.curve = [*(m for m in record.curve if m.epoch < moment.epoch), moment]
+        self.trackers[record.number].metrics(tracking.epoch_metrics(epoch), step=moment.epoch)
+        self.folder.save(record)
+        self.display.epoch(record, epoch)
+        reason = self._hopeless(record, epoch)
+        if reason is not None:
+            self.finish(record, Status.STOPPED, reason)
+        return reason is not None
+
+    def _hopeless(self, record: TrialRecord, epoch: dict[str, Any]) -> str | None:
+        rules, config = self.settings.stopping, self.config_of(record)
+        if rules is None or record.is_baseline or epoch["epoch"] >= config.train.epochs:
+            return None
+        layer = stopping.collapsed(epoch["alive"], neurons=self.widths, min_alive=config.penalty.min_alive)
+        if layer is not None:
+            return f"layer {layer} collapsed: {epoch['alive'][layer]} of {self.widths[layer]} neurons are left"
+        end = config.penalty.beta_schedule.end
+        finished = [other.curve for other in self.records.values() if other.status is Status.FINISHED and other.curve]
+        is_over = end is not None and epoch["epoch"] >= end
+        return stopping.hopeless(record.curve, finished, penalty_is_over=is_over, config=rules)
+
+    def finish(self, record: TrialRecord, status: Status, reason: str | None = None) -> None:
+        record.status, record.reason = status, reason
+        self.folder.save(record)
+        tracker = self.trackers.pop(record.number)
+        folder = self.folder.trial(record.number)
+        if record.curve:
+            tracker.summary({"final_val_quality": record.quality, "final_alive_percent": record.alive, **record.summary,
+                             "final_latency_ms": record.latency_ms})  # fmt: skip
+        files = [folder.config_file, folder.path / "report.json", folder.path / "report.md", folder.path / NEURON_LOG]
+        tracker.artifacts([file for file in files if file.exists()])
+        tracker.end(tracking.Status.FAILED if status is Status.FAILED else tracking.Status.FINISHED)
+        self.display.ended(record)
+
+    def lost(self, number: int, reason: str) -> None:
+        """A trial's process died, and not for the first time."""
+        record = self.records[number]
+        if not record.is_done:
+            self.finish(record, Status.FAILED, reason)
+
+
+def _run_tune(conductor: _Conductor, *, gpu: bool, max_concurrent: int) -> None:
+    quiet()
+    from ray import tune
+    from ray.tune import Callback
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+    from ray.tune.search import Searcher
+
+    # Ray Tune copies these, and pickles them now and then to restore a search by; ours is restored from its own files.
+    class One:
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    class FromConductor(One, Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            job = conductor.next_job()
+            return Searcher.FINISHED if job is None else {"job": {**job, "gpu": gpu}}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            """What a trial comes to is told by its results."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing is kept."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing was kept."""
+
+        def __reduce__(self) -> Any:
+            return Searcher, ()
+
+    class ToConductor(One, FIFOScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+            if TOLD not in result:  # Tune's own last word on a trial
+                return TrialScheduler.CONTINUE
+            stop = conductor.result(trial.config["job"]["number"], *result[TOLD])
+            return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+        def __reduce__(self) -> Any:
+            return FIFOScheduler, ()
+
+    class Losses(One, Callback):
+        def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+            lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
+            conductor.lost(trial.config["job"]["number"], f"its process was lost: {lines[-1] if lines else 'no reason given'}")
+
+        def __reduce__(self) -> Any:
+            return Callback, ()
+
+    storage = conductor.folder.path / ".tune"
+    shutil.rmtree(storage, ignore_errors=True)
+    tuner = tune.Tuner(
+        # The workers reserve CPUs and GPUs; this process only waits for them. Tune takes no empty request.
+        tune.with_resources(_trainable, {"CPU": 0, "memory": 2**20}),
+        tune_config=tune.TuneConfig(
+            search_alg=FromConductor(), scheduler=ToConductor(), num_samples=len(conductor.queue),
+            max_concurrent_trials=max_concurrent, trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(storage), callbacks=[Losses()], verbose=0,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+        ),
+    )  # fmt: skip
+    tuner.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def _trainable(config: dict[str, Any]) -> None:
+    run_trial(config["job"])

@@ -1,0 +1,85 @@
+"""What one trial of a search runs in its Ray process: a whole distributed training, told to Ray Tune epoch by epoch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_gsl import artifact, launch, report, runs, timing
+from dist_gsl.config import RunConfig
+from dist_gsl.launch import Listener
+from dist_gsl.report import NeuronLog
+from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
+
+TOLD = "told"
+"""The one key of a trial's results: [kind, content]. A list, as Tune takes dicts apart."""
+
+
+class _ToTune(Listener):
+    """Hands each epoch's record to Ray Tune, and keeps the neuron log."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.log_file = folder.path / NEURON_LOG
+        self.log = NeuronLog.read(self.log_file) if self.log_file.exists() else NeuronLog()
+
+    def warning(self, text: str) -> None:
+        _tell("warning", text)
+
+    def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
+        self.log.append(record["epoch"], norms, masks)
+        self.log.write(self.log_file)
+        _tell("epoch", record)
+
+
+def _tell(kind: str, content: Any) -> None:
+    from ray import tune
+
+    tune.report({TOLD: [kind, content]})
+
+
+def run_trial(job: dict[str, Any]) -> None:
+    """Ray Tune's trainable. Trains the trial of `job`, from its folder's last checkpoint if there is one, removes the
+    dead neurons, and reports.
+
+    job: "number", "config" (RunConfig as dict), "folder", "data_dir", "gpu", "latency" (measure it?). It tells "epoch"
+    with the epoch's record, "warning" with its text, and at the end "finished" with {"summary", "latency_ms"}, or
+    "failed" with the reason.
+    """
+    folder, config = RunFolder(Path(job["folder"])), RunConfig.from_dict(job["config"])
+    # Ray gives a process that reserves no CPU a single thread; removal and proof may use what a worker has.
+    torch.set_num_threads(max(1, int(config.workers.cpus * config.workers.num)))
+    resources = launch.Resources(config.workers.num, job["gpu"])
+    try:
+        if not folder.is_finished:
+            launch.train(config, folder, resources, data_dir=Path(job["data_dir"]), listener=_ToTune(folder))
+        made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=job["command"])
+        report.write(made, folder.path)
+        latency = measure_latency(folder) if job["latency"] else None
+    except Exception as error:  # whatever it is, it ends this trial and not the search; the driver shows it
+        _tell("failed", " ".join(f"{_kind(error)}{error}".split()))
+        return
+    _tell("finished", {"summary": runs.summary(made), "latency_ms": latency})
+
+
+def measure_latency(folder: RunFolder, *, seconds: float = 3.0) -> float:
+    """Median run time in milliseconds of the compact network for one image, on this machine."""
+    model = artifact.load(folder.compact_dir).eval()
+    return timing.latency_ms(model, example=torch.zeros(1, *Trained.load(folder).image_shape), seconds=seconds)
+
+
+def _kind(error: Exception) -> str:
+    return "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: "
+
+
+def quiet() -> None:
+    """Settings of Ray Tune's that are read from the environment; what the user has set stays."""
+    for name, value in {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our records are trial.json and MLflow
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: the search is gone on with by --resume
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the state of a search is in our files
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }.items():
+        os.environ.setdefault(name, value)
