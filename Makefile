@@ -5,6 +5,8 @@ SYSTEM_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev
 # Debian keeps these two apart from python3 itself.
 SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || echo python3-dev)
+# What the slow tests talk to: a real database and a real browser.
+TEST_PACKAGES := postgresql chromium
 RUNS ?= runs
 DEMO ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -29,7 +31,8 @@ seeds: setup ## the README's three seeds of the demo and of the digits, on the t
 test: setup ## the fast tests, 15 minutes at most
 	$(BIN)/python -m pytest
 
-test-slow: setup ## whole zoo, every recipe, faults: 40 minutes at most
+test-slow: setup ## whole zoo, every recipe, faults, searches, database, browser: 40 minutes at most
+	sh docker/system-packages.sh $(TEST_PACKAGES)
 	$(BIN)/python -m pytest -m slow
 
 lint: setup ## ruff, and which module may import which

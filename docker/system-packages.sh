@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the Debian packages given as arguments where they are missing: what FFCV compiles against.
+# Installs the Debian packages given as arguments where they are missing: what FFCV compiles against, what tests talk to.
 set -eu
 missing=""
 for package in "$@"; do

@@ -28,6 +28,23 @@ from dist_gsl.cli import main
         (["train", "digits", "--penalty.reference-layer", "conv9"], "'conv9' is no layer with neurons"),
         (["train", "digits", "extra"], "'extra' is neither a field nor an option"),
         (["train", "nowhere/config.yaml"], "config nowhere/config.yaml: cannot be read"),
+        (["train", "--from-trial", "nowhere/3"], "is not a search's folder"),
+        (["train", "digits", "--from-trial", "a/3"], "is not a search's folder"),
+        (["train"], "name a recipe or a config.yaml"),
+        (["tune"], "name a space or a .py file"),
+        (["tune", "smok"], "no space is called 'smok'; did you mean smoke?"),
+        (["tune", "nowhere/mine.py"], "there is no space file nowhere/mine.py"),
+        (["tune", "smoke", "--trials", "0"], "--trials is 0, must be at least 1"),
+        (["tune", "smoke", "--searcher", "oracle"], "--searcher is 'oracle', must be one of optuna, random, grid"),
+        (["tune", "smoke", "--objective", "beauty"], "--objective is 'beauty', must be one of neurons, latency"),
+        (["tune", "smoke", "--searcher", "grid"], "a grid cannot hold penalty.beta.rest"),
+        (["tune", "smoke", "--resume"], "--resume needs the --name"),
+        (["tune", "smoke", "--resume", "--name", "never"], "there is no search 'never'"),
+        (["tune", "smoke", "--name", "a/b"], "must be a plain name"),
+        (["tune", "smoke", "--train.epoch", "3"], "did you mean train.epochs?"),
+        (["tune", "smoke", "--workers.num", "64"], "64 workers need 64 CPUs, this machine has"),
+        (["tune", "smoke", "--max-concurrent", "0"], "--max-concurrent is 0, must be at least 1"),
+        (["tune", "smoke", "extra"], "'extra' is neither a field nor an option"),
         (["data", "check", "nothing.beton"], "nothing.beton is missing"),
         (["data", "write", "chairs", "out"], "unknown data source 'chairs'"),
         (["compact", "nowhere"], "nowhere is not a run's folder"),
@@ -45,6 +62,29 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert says in error
     assert len(error.strip().splitlines()) == 1
     assert [p for p in tmp_path.rglob("*") if p.parts[len(tmp_path.parts)] != "data"] == []  # embedded data may be made
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ('{"penalty.beta.rset": Float(0.5, 2)}', "no field is called 'penalty.beta.rset'; did you mean penalty.beta.rest?"),
+        ('{"penalty.beta.rest": Float(2, 0.5)}', "is an empty range"),
+        ('{"penalty.alpha.rest": Float(0, 1.5)}', "penalty.alpha.rest = 1.5: penalty: alpha is 1.5, must lie in [0, 1]"),
+    ],
+)
+def test_a_wrong_space_is_refused_before_anything_starts(
+    space: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from dist_gsl.recipes import find\nfrom dist_gsl.tuning import Float\n"
+        f'def base(): return find("digits")\ndef space(): return {space}\n'
+    )
+    assert main(["tune", "mine.py"]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]
 
 
 def test_a_foreign_data_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +110,16 @@ def test_help_lists_the_recipes_and_their_fields(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["train", "digits", "--help"])
     assert "--penalty.beta.rest" in capsys.readouterr().out
+
+
+def test_help_lists_the_spaces_and_their_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "imagenet_bnet_c" in text
+    assert "--max-accuracy-drop" in text
+    with pytest.raises(SystemExit):
+        main(["tune", "smoke", "--help"])
+    assert "--train.epochs" in capsys.readouterr().out
 
 
 def test_unknown_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,8 @@ def search(
     spaces.check(space, settings.base)
     if num_trials < 1:
         raise ValueError(f"--trials is {num_trials}, must be at least 1")
+    if max_concurrent is not None and max_concurrent < 1:
+        raise ValueError(f"--max-concurrent is {max_concurrent}, must be at least 1")
     if settings.searcher == "grid":
         num_trials = min(num_trials, len(spaces.grid(space)) + settings.baseline)
     given = settings.base

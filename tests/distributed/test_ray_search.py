@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +22,11 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's and MLflow's own
 ]
+
+CHROMIUM = [  # no sandbox for root, no calls home
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 
 FAULTY = '''"""A grid in which some trials fail."""
 from dataclasses import replace
@@ -209,3 +217,51 @@ def test_constraints_after_the_search(directory: Path, capsys: pytest.CaptureFix
     assert "no finished trial fits" in capsys.readouterr().out
     assert main(["tune", "plain.py", "--name", "killed"]) == 2
     assert "go on with it by --resume" in capsys.readouterr().err
+
+
+def test_the_compare_view_draws_accuracy_against_neuron_reduction(directory: Path) -> None:
+    """A real browser on the real UI: the scatter plot of the compare view has a point for each trial."""
+    from playwright.sync_api import expect, sync_playwright
+
+    _, trials = children(directory)
+    mine = [trial for trial in trials if trial.info.run_name.startswith("killed/")]
+    (experiment,) = {trial.info.experiment_id for trial in mine}
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ui = subprocess.Popen(
+        [sys.executable, "-m", "dist_gsl.cli", "ui", "--port", str(port)], cwd=directory, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until(lambda: answers(port), ui)
+        ids = json.dumps([trial.info.run_id for trial in mine]).replace(" ", "")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
+            page = browser.new_page(viewport={"width": 1300, "height": 900})
+            page.goto(f"http://127.0.0.1:{port}/#/compare-runs?runs={ids}&experiments={json.dumps([experiment])}")
+            page.get_by_role("tab", name="Scatter Plot").click(timeout=90_000)
+            for box, name in (("x-axis-selector", "final_neurons"), ("y-axis-selector", "final_top1")):
+                page.locator(f"#{box}").click()
+                page.get_by_role("option", name=name, exact=True).click()
+            plot = page.locator(".js-plotly-plot")
+            expect(plot.locator("text.xtitle")).to_have_text("final_neurons")
+            expect(plot.locator("text.ytitle")).to_have_text("final_top1")
+            expect(plot.locator(".scatterlayer path.point").first).to_be_visible()
+            drawn = plot.evaluate("plot => plot.data.map(trace => [trace.x, trace.y])")
+            if os.environ.get("DIST_GSL_SCREENSHOT"):
+                page.screenshot(path=os.environ["DIST_GSL_SCREENSHOT"])
+            browser.close()
+    finally:
+        os.killpg(ui.pid, signal.SIGTERM)
+        ui.wait(timeout=30)
+    points = sorted((float(x), float(y)) for xs, ys in drawn for x, y in zip(xs, ys, strict=True))
+    assert points == sorted((t.data.metrics["final_neurons"], t.data.metrics["final_top1"]) for t in mine)
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+    except OSError:
+        return False
