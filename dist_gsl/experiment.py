@@ -50,14 +50,18 @@ def _track(tracker: Tracker, record: dict[str, Any]) -> None:
 
 
 def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) -> RunFolder:
-    """The run's folder. `ValueError` for a name in use without `resume`, or a resume with another config."""
+    """The run's folder. `ValueError` for a name in use without `resume`, or a resume with another config (more epochs are
+    fine unless the schedule is cosine)."""
     runs.check_plain_name(name)
     folder = RunFolder(runs_dir.absolute() / name)
     if folder.config_file.exists():
         if not resume:
             raise ValueError(f"run {name!r} exists in {runs_dir}: choose another --name, or go on with it by --resume")
         before, now = folder.config.flat(), config.flat()
-        changed = [key for key in now if before.get(key) != now[key] and not key.startswith("workers.")]
+        # The cosine schedule alone depends on where it ends; the others may be gone on with for longer.
+        longer = config.train.schedule != "cosine" and now["train.epochs"] > before["train.epochs"]
+        free = ("workers.", *(["train.epochs"] if longer else []))
+        changed = [key for key in now if before.get(key) != now[key] and not key.startswith(free)]
         if changed:
             key = changed[0]
             raise ValueError(
