@@ -34,7 +34,7 @@ def dec3_chars() -> RunConfig:
         network=NetworkConfig("dec3", width=0.25, batch_norm=True),
         data=DataConfig(source="chars"),
         penalty=PenaltyConfig(
-            beta=PerLayer(rest=1.25), beta_schedule=Schedule(start=1.5, end=9.5), unit="epochs",
+            beta=PerLayer(rest=1.15), beta_schedule=Schedule(start=1.5, end=9.5), unit="epochs",
         ),
         train=TrainConfig(
             epochs=16, batch_size=64, learning_rate=0.1, schedule="step", drop_epochs=(11.0, 14.0), warmup_epochs=1.0,
