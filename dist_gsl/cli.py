@@ -128,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     tune.add_argument("space", nargs="?", help="one of the spaces below, or a Python file with base() and space()")
     tune.add_argument("-h", "--help", action="store_true", help="this text; with SPACE, its config's fields")
-    tune.add_argument("--trials", type=int, default=20, metavar="K", help="trials in all, the baseline counted (%(default)s)")
+    tune.add_argument(
+        "--trials", type=int, metavar="K", help="trials in all, the baseline counted (20; resumed: as many as before)"
+    )
     tune.add_argument(
         "--searcher", default="optuna", help="optuna (learns from both objectives), random, or grid (%(default)s)"
     )
@@ -287,18 +289,25 @@ def _tune(options: argparse.Namespace, rest: list[str], arguments: list[str], co
         raise ValueError("tune: --resume needs the --name of the search to go on with")
     from dist_gsl.tuning import driver, results
     from dist_gsl.tuning import space as spaces
-    from dist_gsl.tuning.records import SearchSettings
+    from dist_gsl.tuning.records import SearchFolder, SearchSettings
     from dist_gsl.tuning.stopping import StoppingConfig
 
+    before = SearchFolder(options.runs.absolute() / options.name) if options.resume else None
+    if options.trials is not None:
+        num_trials = options.trials
+    elif before is not None and before.settings_file.exists():
+        num_trials = before.settings().num_trials
+    else:
+        num_trials = SearchSettings.num_trials
     settings = SearchSettings(
-        space_file=file.stem, space={}, base=base, searcher=options.searcher, objective=options.objective,
+        num_trials=num_trials, space_file=file.stem, space={}, base=base, searcher=options.searcher, objective=options.objective,
         seed=options.seed, baseline=not options.no_baseline, stopping=None if options.no_stopping else StoppingConfig(),
     )  # fmt: skip
     if options.dry_run:
         spaces.check(space, base)
-        return _dry_run(options.space, base, console)
+        return _dry_run(options.space, base, console, command="tune")
     folder = driver.search(
-        settings, space, num_trials=options.trials, name=options.name or f"{file.stem}-{datetime.now():%Y%m%d-%H%M%S}",
+        settings, space, name=options.name or f"{file.stem}-{datetime.now():%Y%m%d-%H%M%S}",
         runs_dir=options.runs, console=console, command=["dist-gsl", *arguments], resume=options.resume,
         track=not options.no_tracking, max_concurrent=options.max_concurrent,
     )  # fmt: skip
@@ -371,7 +380,7 @@ def _with_overrides(command: str, config: RunConfig, arguments: list[str]) -> Ru
         raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: )", "", " ".join(message))) from None
 
 
-def _dry_run(name: str, config: RunConfig, console: Console) -> int:
+def _dry_run(name: str, config: RunConfig, console: Console, *, command: str = "train") -> int:
     from dist_gsl import data, launch
     from dist_gsl.recipes import RECIPES
     from dist_gsl.training import session
@@ -379,11 +388,12 @@ def _dry_run(name: str, config: RunConfig, console: Console) -> int:
     directory = config.data.directory()
     if (directory / "dataset.json").exists():
         shapes = session.shapes_of(config, data.dataset_info(directory))
-    elif name in RECIPES:
-        recipe = RECIPES[name]
+    elif recipe := RECIPES.get(name) or next(
+        (known for known in RECIPES.values() if known.make().data.source == config.data.source), None
+    ):
         shapes = session.Shapes(recipe.channels, config.data.size or recipe.size, recipe.num_outputs)
     else:
-        raise ValueError(f"train: --dry-run of a config.yaml needs its data, and {directory} holds none")
+        raise ValueError(f"{command}: --dry-run of {name} needs its data, and {directory} holds none")
     neurons = session.dry_build(config, shapes)
     for layer in neurons:
         console.print(

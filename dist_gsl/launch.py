@@ -128,12 +128,15 @@ def train(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from dist_gsl.training.worker import train_worker
 
     ray_train: Any = ray.train  # type checkers read the interface of its first version
 
-    events = Queue(actor_options={"num_cpus": 0})
+    # On this process's node: what takes the queue away takes this process too.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.to_dict(), "data_dir": str(data_dir), "mlflow_run_id": mlflow_run_id,

@@ -7,6 +7,7 @@ records are in the run's folder.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import re
@@ -45,6 +46,7 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print credentials that are in the URI
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+_TABLES = "mlflow.loggedArtifacts"  # the tag by which the UI knows a table
 _MAX_PARAMS, _MAX_PARAM_LENGTH = 100, 6000  # of one MLflow request
 
 _log = logging.getLogger(__name__)
@@ -362,7 +364,13 @@ def _artifact_sender(path: Path) -> Callable[[MlflowClient, str], None]:
 
 
 def _log_table(client: MlflowClient, run_id: str, columns: dict[str, list[Any]], file: str) -> None:
-    client.log_table(run_id, data=columns, artifact_file=file)
+    """What `client.log_table` writes, which would add to the rows of an earlier call instead of taking their place."""
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    client.log_dict(run_id, {"columns": list(columns), "data": rows}, file)
+    tables = json.loads(client.get_run(run_id).data.tags.get(_TABLES, "[]"))
+    entry = {"path": file, "type": "table"}
+    if entry not in tables:
+        client.set_tag(run_id, _TABLES, json.dumps([*tables, entry]))
 
 
 def _failures() -> tuple[type[Exception], ...]:

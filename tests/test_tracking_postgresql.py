@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -62,7 +62,7 @@ def database(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     password_file.write_text(password)
     if prefix:
         shutil.chown(password_file, "postgres")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run(
         [*prefix, postgresql("initdb"), "-D", str(folder / "data"), "-U", "gsl", "-A", "scram-sha-256",
          "--pwfile", str(password_file)], check=True, cwd="/", **quiet,
@@ -95,7 +95,7 @@ def server(database: str, tmp_path: Path) -> Iterator[str]:
 
 def _serve(database: str, tmp_path: Path, port: int, log: IO[str]) -> Iterator[str]:
     process = subprocess.Popen(
-        ["sh", str(SCRIPT), database, str(tmp_path / "artifacts"), str(port)], env={**os.environ, "WORKERS": "2"},
+        ["sh", str(SCRIPT), database, str(tmp_path / "artifacts"), str(port)], env={**os.environ, "MLFLOW_WORKERS": "2"},
         stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     uri = f"http://127.0.0.1:{port}"
@@ -150,6 +150,8 @@ def test_eight_writers_lose_no_metric(server: str, tmp_path: Path) -> None:
         ([], "cluster/mlflow-server.sh postgresql://"),
         (["sqlite:///x.db", "files"], "is no PostgreSQL address"),
         (["postgresql://gsl:secret@localhost/mlflow", "files"], "leave the password out"),
+        (["postgres://gsl:secret@localhost/mlflow", "files"], "leave the password out"),
+        (["postgresql://gsl@localhost/mlflow?sslmode=require&password=secret", "files"], "leave the password out"),
     ],
 )
 def test_the_server_script_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:

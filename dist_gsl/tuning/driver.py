@@ -5,6 +5,8 @@ Everything is written by this one process; trials send it what they learn.
 
 from __future__ import annotations
 
+import math
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +37,6 @@ def search(
     settings: SearchSettings,
     space: Space,
     *,
-    num_trials: int,
     name: str,
     runs_dir: Path,
     console: Console,
@@ -44,20 +45,19 @@ def search(
     track: bool = True,
     max_concurrent: int | None = None,
 ) -> SearchFolder:
-    """Runs trials until `num_trials` are done, the baseline counted; finished ones of an earlier start are kept.
+    """Runs trials until `settings.num_trials` are done; finished ones of an earlier start are kept.
 
     `ValueError` for what the user gave, before anything is started or written.
     """
     check_plain_name(name)
     folder = SearchFolder(runs_dir.absolute() / name)
     spaces.check(space, settings.base)
-    if num_trials < 1:
-        raise ValueError(f"--trials is {num_trials}, must be at least 1")
     if max_concurrent is not None and max_concurrent < 1:
         raise ValueError(f"--max-concurrent is {max_concurrent}, must be at least 1")
     if settings.searcher == "grid":
-        num_trials = min(num_trials, len(spaces.grid(space)) + settings.baseline)
-    given = settings.base
+        in_all = len(spaces.grid(space)) + settings.baseline
+        settings = replace(settings, num_trials=min(settings.num_trials, in_all))
+    given = absolute(settings.base)
     data_dir = given.data.directory().absolute()
     base = replace(given, data=replace(given.data, dir=str(data_dir)))
     settings = replace(settings, base=base, space=described(space))
@@ -70,17 +70,18 @@ def search(
         steps.close()
     neurons = session.dry_build(base, session.shapes_of(base, data.dataset_info(data_dir)))
     widths = {layer.name: layer.num_neurons for layer in neurons}
+    spaces.check(space, base, layers=list(widths), num_draws=0)
     for split in ("train", "val"):
         session.make_loader(base, split, data_dir, train=split == "train", world_size=base.workers.num)
-    with launch.ray_cluster(base.workers, dashboard=True) as resources:
-        conductor = _Conductor(
-            folder, settings, space, num_trials, widths, data_dir, runs_dir, command, console, track
-        )  # fmt: skip
+    with folder.locked(), launch.ray_cluster(base.workers, dashboard=True) as resources:
+        conductor = _Conductor(folder, settings, space, widths, data_dir, runs_dir, command, console, track)
         conductor.begin()
         status = tracking.Status.FAILED
         try:
             if conductor.remaining:
                 concurrent = min(resources.num_concurrent, max_concurrent or resources.num_concurrent)
+                if settings.objective == "latency":  # run time is not measured beside other trainings
+                    concurrent = 1
                 _run_tune(conductor, gpu=resources.gpu, max_concurrent=concurrent)
             status = tracking.Status.FINISHED
         except KeyboardInterrupt:
@@ -91,10 +92,17 @@ def search(
     return folder
 
 
+def absolute(config: RunConfig) -> RunConfig:
+    """Workers run in another directory."""
+    if config.train.init is None:
+        return config
+    return replace(config, train=replace(config.train, init=str(Path(config.train.init).absolute())))
+
+
 def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: bool) -> None:
-    if folder.path.exists() and not folder.settings_file.exists():
-        raise ValueError(f"{folder.path} exists and is no search; choose another --name")
-    if not folder.path.exists():
+    if not folder.settings_file.exists():
+        if folder.path.exists() and any(path.name != ".lock" for path in folder.path.iterdir()):
+            raise ValueError(f"{folder.path} exists and is no search; choose another --name")
         if resume:
             raise ValueError(f"--resume: there is no search {folder.name!r} in {folder.path.parent}; leave --resume out")
         return
@@ -104,6 +112,7 @@ def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: boo
     pairs = [
         *((f"the space's {key}", before.space.get(key), now.space.get(key)) for key in {**before.space, **now.space}),
         *((f"--{key}", getattr(before, key), getattr(now, key)) for key in ("searcher", "objective", "seed", "baseline")),
+        ("early stopping", before.stopping, now.stopping),
         *((key, before.base.flat().get(key), value) for key, value in now.base.flat().items() if "workers." not in key),
     ]
     for what, old, new in pairs:
@@ -118,15 +127,17 @@ class _Conductor:
     """Decides what is tried next and what is stopped, and writes down what comes of it."""
 
     def __init__(
-        self, folder: SearchFolder, settings: SearchSettings, space: Space, num_trials: int, widths: dict[str, int],
+        self, folder: SearchFolder, settings: SearchSettings, space: Space, widths: dict[str, int],
         data_dir: Path, runs_dir: Path, command: Sequence[str], console: Console, track: bool,
     ) -> None:  # fmt: skip
         self.folder, self.settings, self.space, self.data_dir = folder, settings, space, data_dir
         self.runs_dir, self.command, self.track = runs_dir, list(command), track
-        self.num_trials, self.widths = num_trials, widths
+        self.widths = widths
         self.records = folder.records()
+        # Trials of an earlier start with more of them are not left half done.
+        self.numbers = range(max([settings.num_trials, *(number + 1 for number in self.records)]))
         epochs = settings.base.train.epochs
-        self.display = SearchDisplay(console, title=folder.name, num_trials=num_trials, num_epochs=epochs)
+        self.display = SearchDisplay(console, title=folder.name, num_trials=len(self.numbers), num_epochs=epochs)
         self.parent = self._tracker()
         self.trackers: dict[int, Tracker] = {}
 
@@ -135,16 +146,17 @@ class _Conductor:
     @property
     def remaining(self) -> list[int]:
         """Numbers of the trials to run: those that were interrupted first, then new ones."""
-        left = [number for number in range(self.num_trials) if number not in self.records or not self.records[number].is_done]
+        left = [number for number in self.numbers if number not in self.records or not self.records[number].is_done]
         return sorted(left, key=lambda number: (number not in self.records, number))
 
     def begin(self) -> None:
         params = {"searcher": self.settings.searcher, "objective": self.settings.objective, "seed": self.settings.seed,
-                  "trials": self.num_trials, **{f"space.{key}": text for key, text in self.settings.space.items()}}  # fmt: skip
+                  "trials": len(self.numbers), **{f"space.{key}": text for key, text in self.settings.space.items()}}  # fmt: skip
         tags = {"kind": "search", "space": self.settings.space_file}
-        self.folder.save_settings(self.settings, self.folder.mlflow_run_id())
-        run_id = self.parent.start(self.folder.name, params, tags, run_id=self.folder.mlflow_run_id())
-        self.folder.save_settings(self.settings, run_id)
+        before = self.folder.mlflow_run_id()
+        self.folder.save_settings(self.settings, before)
+        self.parent.start(self.folder.name, params, tags, run_id=before)
+        self.folder.save_settings(self.settings, self.parent.run_id or before)
         self.queue = self.remaining
         num_done = sum(record.is_done for record in self.records.values())
         self.display.begin(num_done=num_done, num_interrupted=len(self.records) - num_done)
@@ -159,6 +171,8 @@ class _Conductor:
             self.parent.artifacts([*front.files, self.folder.settings_file])
             self.parent.table("trials", front.rows())
         self.parent.end(status)
+        if self.parent.run_id is not None:  # the store may not have been there at the beginning
+            self.folder.save_settings(self.settings, self.parent.run_id)
 
     def _tracker(self) -> Tracker:
         return tracking.MlflowTracker(self.runs_dir) if self.track else tracking.NullTracker()
@@ -167,43 +181,56 @@ class _Conductor:
 
     def next_job(self) -> dict[str, Any] | None:
         """The next trial, written down as begun; None when there is no more."""
-        if not self.queue:
-            return None
-        number = self.queue[0]
-        record = self.records.get(number)
-        if record is None:
-            is_baseline = self.settings.baseline and number == 0
-            params = {} if is_baseline else suggest(
-                self.space, searcher=self.settings.searcher, seed=self.settings.seed, number=number - self.settings.baseline,
-                known=known_points(self.records, objective=self.settings.objective),
-            )  # fmt: skip
-            if params is None:
+        while self.queue:
+            number = self.queue[0]
+            record = self.records.get(number) or self._new(number)
+            if record is None:  # a grid's end
                 return None
-            record = TrialRecord(number, params, is_baseline)
-        self.queue.pop(0)
-        config = self.config_of(record)
-        run_folder = self.folder.trial(number)
-        run_folder.path.mkdir(parents=True, exist_ok=True)
-        config.save(run_folder.config_file)
-        tracker = self.trackers[number] = self._tracker()
-        tags = {"kind": "trial", "trial": str(number)}
-        if self.parent.run_id is not None:
-            tags["mlflow.parentRunId"] = self.parent.run_id
-        record.mlflow_run_id = tracker.start(
-            f"{self.folder.name}/{run_folder.name}", config.flat() | config.effective(), tags, run_id=record.mlflow_run_id
-        )
-        record.num_starts += 1
-        self.records[number] = record
+            self.queue.pop(0)
+            self.records[number] = record
+            record.num_starts += 1
+            self.folder.save(record)
+            run_folder = self.folder.trial(number)
+            tracker = self.trackers[number] = self._tracker()
+            tags = {"kind": "trial", "trial": str(number)}
+            if self.parent.run_id is not None:
+                tags["mlflow.parentRunId"] = self.parent.run_id
+            try:
+                config = self.config_of(record)
+            except ValueError as error:  # a combination that no check of the space came upon
+                tracker.start(f"{self.folder.name}/{run_folder.name}", record.params, tags, run_id=record.mlflow_run_id)
+                self.finish(record, Status.FAILED, str(error))
+                continue
+            config.save(run_folder.config_file)
+            params = config.flat() | config.effective()
+            tracker.start(f"{self.folder.name}/{run_folder.name}", params, tags, run_id=record.mlflow_run_id)
+            self._save(record)
+            self.display.started(record)
+            return {"number": number, "config": config.to_dict(), "folder": str(run_folder.path),
+                    "data_dir": str(self.data_dir), "latency": self.settings.objective == "latency",
+                    "command": shlex.join(self.command)}  # fmt: skip
+        return None
+
+    def _new(self, number: int) -> TrialRecord | None:
+        if self.settings.baseline and number == 0:
+            return TrialRecord(number, {}, is_baseline=True)
+        params = suggest(
+            self.space, searcher=self.settings.searcher, seed=self.settings.seed, number=number - self.settings.baseline,
+            known=known_points(self.records, objective=self.settings.objective),
+        )  # fmt: skip
+        return None if params is None else TrialRecord(number, params)
+
+    def _save(self, record: TrialRecord) -> None:
+        """With the store's name for the run, which it may get late."""
+        tracker = self.trackers.get(record.number)
+        if tracker is not None and tracker.run_id is not None:
+            record.mlflow_run_id = tracker.run_id
         self.folder.save(record)
-        self.display.started(record)
-        return {"number": number, "config": config.to_dict(), "folder": str(run_folder.path),
-                "data_dir": str(self.data_dir), "latency": self.settings.objective == "latency",
-                "command": " ".join(self.command)}  # fmt: skip
 
     def config_of(self, record: TrialRecord) -> RunConfig:
         if record.is_baseline:
             return replace(self.settings.base, penalty=self.settings.base.penalty.without())
-        return spaces.applied(self.settings.base, record.params)
+        return absolute(spaces.applied(self.settings.base, record.params))
 
     def result(self, number: int, kind: str, content: Any) -> bool:
         """Takes what a trial tells (see `run_trial`); whether it is to be stopped."""
@@ -216,23 +243,29 @@ class _Conductor:
             self.display.warning(record, content)
         elif kind == "epoch":
             return self._epoch(record, content)
+        elif kind == "history":
+            for epoch in content[len(record.curve) :]:
+                self._take(record, epoch)
         else:
             record.summary, record.latency_ms = content["summary"], content["latency_ms"]
             self.finish(record, Status.FINISHED)
         return False
 
     def _epoch(self, record: TrialRecord, epoch: dict[str, Any]) -> bool:
-        quality = epoch["val_top1"] if "val_top1" in epoch else -epoch["val_rmse"]
-        moment = Moment(int(epoch["epoch"]), float(quality), 100.0 - float(epoch["all_neurons"]))
-        # A trial that goes on from its checkpoint may tell an epoch twice.
-        record.curve = [*(m for m in record.curve if m.epoch < moment.epoch), moment]
-        self.trackers[record.number].metrics(tracking.epoch_metrics(epoch), step=moment.epoch)
-        self.folder.save(record)
+        self._take(record, epoch)
         self.display.epoch(record, epoch)
         reason = self._hopeless(record, epoch)
         if reason is not None:
             self.finish(record, Status.STOPPED, reason)
         return reason is not None
+
+    def _take(self, record: TrialRecord, epoch: dict[str, Any]) -> None:
+        quality = epoch["val_top1"] if "val_top1" in epoch else -epoch["val_rmse"]
+        moment = Moment(int(epoch["epoch"]), float(quality), 100.0 - float(epoch["all_neurons"]))
+        # A trial that goes on from its checkpoint may tell an epoch twice.
+        record.curve = [*(m for m in record.curve if m.epoch < moment.epoch), moment]
+        self.folder.save(record)  # first, as the store may take its time
+        self.trackers[record.number].metrics(tracking.epoch_metrics(epoch), step=moment.epoch)
 
     def _hopeless(self, record: TrialRecord, epoch: dict[str, Any]) -> str | None:
         rules, config = self.settings.stopping, self.config_of(record)
@@ -241,6 +274,8 @@ class _Conductor:
         layer = stopping.collapsed(epoch["alive"], neurons=self.widths, min_alive=config.penalty.min_alive)
         if layer is not None:
             return f"layer {layer} collapsed: {epoch['alive'][layer]} of {self.widths[layer]} neurons are left"
+        if self.settings.objective != "neurons":  # fewer neurons are not always faster
+            return None
         end = config.penalty.beta_schedule.end
         finished = [other.curve for other in self.records.values() if other.status is Status.FINISHED and other.curve]
         is_over = end is not None and epoch["epoch"] >= end
@@ -248,10 +283,10 @@ class _Conductor:
 
     def finish(self, record: TrialRecord, status: Status, reason: str | None = None) -> None:
         record.status, record.reason = status, reason
-        self.folder.save(record)
+        self._save(record)
         tracker = self.trackers.pop(record.number)
         folder = self.folder.trial(record.number)
-        if record.curve:
+        if record.curve and math.isfinite(record.curve[-1].quality):
             tracker.summary({"final_val_quality": record.quality, "final_alive_percent": record.alive, **record.summary,
                              "final_latency_ms": record.latency_ms})  # fmt: skip
         files = [folder.config_file, folder.path / "report.json", folder.path / "report.md", folder.path / NEURON_LOG]
@@ -269,7 +304,7 @@ class _Conductor:
 def _run_tune(conductor: _Conductor, *, gpu: bool, max_concurrent: int) -> None:
     quiet()
     from ray import tune
-    from ray.tune import Callback
+    from ray.tune import Callback, TuneError
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
     from ray.tune.search import Searcher
@@ -328,7 +363,11 @@ def _run_tune(conductor: _Conductor, *, gpu: bool, max_concurrent: int) -> None:
             failure_config=tune.FailureConfig(max_failures=RETRIES),
         ),
     )  # fmt: skip
-    tuner.fit()
+    try:
+        tuner.fit()
+    except TuneError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RuntimeError(f"Ray Tune failed: {lines[-1] if lines else type(error).__name__}") from error
     shutil.rmtree(storage, ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ def folders() -> list[Path]:
 
 def names() -> dict[str, Path]:
     """Every space that has a name; the working directory's win."""
-    found = {file.stem: file for folder in reversed(folders()) for file in sorted(folder.glob("[!_]*.py"))}
+    found = {file.stem: file for folder in reversed(folders()) for file in sorted(folder.glob("[!_.]*.py"))}
     return dict(sorted(found.items()))
 
 
@@ -30,7 +30,7 @@ def summary(file: Path) -> str:
 
     try:
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
-    except (SyntaxError, UnicodeDecodeError):
+    except (OSError, SyntaxError, ValueError):
         return "(cannot be read)"
     return text.splitlines()[0] if text else ""
 

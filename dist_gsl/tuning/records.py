@@ -6,9 +6,12 @@ all, by the driver alone.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -79,12 +82,13 @@ class TrialRecord:
         if self.status not in (Status.FINISHED, Status.STOPPED) or not self.curve:
             return None
         cost = self.curve[-1].alive if objective == "neurons" else self.latency_ms
-        return None if cost is None else (self.curve[-1].quality, cost)
+        quality = self.curve[-1].quality
+        return None if cost is None or not math.isfinite(quality) else (quality, cost)
 
 
 @dataclass
 class SearchSettings:
-    """What makes a search, besides its number of trials; search.yaml has these names."""
+    """What makes a search; search.yaml has these names."""
 
     space_file: str
     space: dict[str, str]
@@ -98,12 +102,16 @@ class SearchSettings:
     """Whether the first trial is the base config without penalty."""
     stopping: StoppingConfig | None = field(default_factory=StoppingConfig)
     """None: every trial runs to its end."""
+    num_trials: int = 20
+    """The baseline counted. More may be asked for when the search is gone on with."""
 
     def __post_init__(self) -> None:
         if self.searcher not in SEARCHERS:
             raise ValueError(f"--searcher is {self.searcher!r}, must be one of {', '.join(SEARCHERS)}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective is {self.objective!r}, must be one of {', '.join(OBJECTIVES)}")
+        if self.num_trials < 1:
+            raise ValueError(f"--trials is {self.num_trials}, must be at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "base": self.base.to_dict()}
@@ -150,6 +158,17 @@ class SearchFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.settings_file, yaml.safe_dump(settings.to_dict(), sort_keys=False))
         write_text(self.path / "mlflow.json", json.dumps({"run_id": mlflow_run_id}) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by the one driver of the search. `ValueError` where another holds it; it ends with its process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"search {self.name!r} is running already; wait for it, or end its process") from None
+            yield
 
     def mlflow_run_id(self) -> str | None:
         file = self.path / "mlflow.json"

@@ -14,8 +14,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from dist_gsl.config import RunConfig, check_field, field_names
@@ -41,7 +43,9 @@ class Float:
             return [self.low]
         if self.step is None:
             return None
-        return [self.low + i * self.step for i in range(math.floor((self.high - self.low) / self.step + 1e-9) + 1)]
+        # In decimals, as Optuna does: 0 + 3 x 0.2 is 0.6, and not outside [0, 0.6].
+        low, high, step = (Decimal(str(number)) for number in (self.low, self.high, self.step))
+        return [float(low + i * step) for i in range(int((high - low) / step) + 1)]
 
     def ends(self) -> list[Value]:
         return [self.low, self.high]
@@ -180,8 +184,15 @@ def applied(base: RunConfig, params: Mapping[str, Value]) -> RunConfig:
     return RunConfig.from_dict(content)
 
 
-def check(space: Space, base: RunConfig, *, num_draws: int = 200) -> None:
+FIXED = ("network.", "data.", "workers.")
+"""What trials are compared on, and how many run at once."""
+FREE = ("data.augment", "data.size", "data.num_threads")
+
+
+def check(space: Space, base: RunConfig, *, layers: Sequence[str] | None = None, num_draws: int = 200) -> None:
     """`ValueError`, naming the field, where a point of the space would make no config.
+
+    layers: the network's layers with neurons, where they are known.
 
     Every end of every range is tried, and some random points for what only a combination breaks.
     """
@@ -190,8 +201,13 @@ def check(space: Space, base: RunConfig, *, num_draws: int = 200) -> None:
     known = field_names()
     seen: list[str] = []
     for field, entry in space.items():
-        if not field.startswith(("penalty.beta.by_layer.", "penalty.alpha.by_layer.")):
+        by_layer = re.fullmatch(r"penalty\.(?:beta|alpha)\.by_layer\.(.+)", field)
+        if by_layer is None:
             check_field(field, known)
+        elif layers is not None and by_layer[1] not in layers:
+            raise ValueError(f"space: {field}: no layer with neurons has that name; layers: {', '.join(layers)}")
+        if field.startswith(FIXED) and field not in FREE:
+            raise ValueError(f"space: {field} must be the same in all trials; set it in base()")
         if isinstance(entry, When) and entry.field not in seen:
             raise ValueError(f"space: {field} depends on {entry.field!r}, which must stand before it in the space")
         domain = entry.domain if isinstance(entry, When) else entry

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.exceptions import RayError
 
 from dist_gsl import artifact, launch, report, runs, timing
 from dist_gsl.config import RunConfig
@@ -45,7 +46,7 @@ def run_trial(job: dict[str, Any]) -> None:
     dead neurons, and reports.
 
     job: "number", "config" (RunConfig as dict), "folder", "data_dir", "gpu", "latency" (measure it?). It tells "epoch"
-    with the epoch's record, "warning" with its text, and at the end "finished" with {"summary", "latency_ms"}, or
+    with the epoch's record, "history" with those of the checkpoint it goes on from, "warning" with its text, and at the end "finished" with {"summary", "latency_ms"}, or
     "failed" with the reason.
     """
     folder, config = RunFolder(Path(job["folder"])), RunConfig.from_dict(job["config"])
@@ -53,12 +54,16 @@ def run_trial(job: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(config.workers.cpus * config.workers.num)))
     resources = launch.Resources(config.workers.num, job["gpu"])
     try:
+        if folder.last_checkpoint() is not None:  # an epoch may be in the checkpoint that nobody was told of
+            _tell("history", folder.state()["history"])
         if not folder.is_finished:
             launch.train(config, folder, resources, data_dir=Path(job["data_dir"]), listener=_ToTune(folder))
         made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=job["command"])
         report.write(made, folder.path)
         latency = measure_latency(folder) if job["latency"] else None
     except Exception as error:  # whatever it is, it ends this trial and not the search; the driver shows it
+        if isinstance(error.__cause__, RayError):  # of the cluster and not of the trial: Tune tries again
+            raise
         _tell("failed", " ".join(f"{_kind(error)}{error}".split()))
         return
     _tell("finished", {"summary": runs.summary(made), "latency_ms": latency})

@@ -210,7 +210,7 @@ def test_the_chosen_trial_is_trained_to_the_end(directory: Path) -> None:
 
 
 def test_constraints_after_the_search(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = ["tune", "plain.py", "--name", "killed", "--trials", "3", "--resume"]
+    again = ["tune", "plain.py", "--name", "killed", "--resume"]  # as many trials as before
     assert main([*again, "--max-latency-ms", "1000"]) == 0
     assert "choice (at most 1000 ms): killed/trial-" in capsys.readouterr().out
     assert main([*again, "--max-accuracy-drop", "-50"]) == 1

@@ -109,6 +109,19 @@ def test_the_searcher_learns_from_what_ended_with_a_network(folder: SearchFolder
     assert [entry.objectives for entry in known] == [(91.0, 70.0), (89.8, 40.0), (85.0, 30.0), (84.0, 60.0), None]
 
 
+def test_a_point_that_is_no_number_teaches_nothing() -> None:
+    broken = trial(1, float("nan"), 50.0)
+    assert broken.point("neurons") is None
+    assert [k.objectives for k in records.known_points({1: broken}, objective="neurons")] == []
+
+
+def test_one_driver_at_a_time(folder: SearchFolder) -> None:
+    with folder.locked(), pytest.raises(ValueError, match="search 's' is running already"), folder.locked():
+        pass
+    with folder.locked():
+        pass
+
+
 def test_a_trial_by_name(folder: SearchFolder) -> None:
     runs = folder.path.parent
     for name in ("s/trial-003", "s/3", f"{runs}/s/trial-003"):
@@ -135,6 +148,8 @@ def test_a_search_in_use_is_refused_and_a_changed_one_too(folder: SearchFolder) 
         _check_folder(folder, settings, resume=False)
     with pytest.raises(ValueError, match="there is no search"):
         _check_folder(SearchFolder(folder.path.parent / "t"), settings, resume=True)
+    with pytest.raises(ValueError, match="early stopping is None"):
+        _check_folder(folder, replace(settings, stopping=None), resume=True)
     with pytest.raises(ValueError, match="--seed is 7"):
         _check_folder(folder, replace(settings, seed=7), resume=True)
     with pytest.raises(ValueError, match=r"space's penalty\.beta\.rest"):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,19 @@ def test_draws_lie_inside(seed: int) -> None:
     assert params["train.batch_size"] in (16, 32, 48, 64)
     assert ("penalty.beta.first" in params) == (params["penalty.beta.num_first"] == 2)
     assert params.get("penalty.beta.first", 1.0) in (1.0, 1.5, 2.0)
+
+
+@pytest.mark.parametrize("domain", [Float(0.0, 0.6, step=0.2), Float(0.0, 0.3, step=0.1), Float(0.1, 0.75, step=0.2)])
+def test_steps_are_optunas(domain: Float) -> None:
+    from optuna.distributions import FloatDistribution
+
+    with warnings.catch_warnings():  # that it lowers a high that the step does not divide
+        warnings.simplefilter("ignore")
+        theirs = FloatDistribution(domain.low, domain.high, step=domain.step)
+    values = domain.values()
+    assert values is not None
+    assert all(isinstance(value, float) and theirs._contains(value) for value in values)
+    assert values[-1] == theirs.high
 
 
 def test_log_draws_are_uniform_in_the_logarithm() -> None:
@@ -74,12 +88,15 @@ def test_a_point_becomes_a_config() -> None:
         ({"penalty.beta.first": When("penalty.beta.rest", [1], Float(0, 1))}, "must stand before it"),
         ({}, "must return a dict"),
         ({"penalty.beta_schedule.start": Float(5.0, 9.0), "penalty.beta_schedule.end": Float(1.0, 4.0)}, "needs start"),
-        ({"network.name": Int(1, 2)}, r"network\.name"),
+        ({"network.width": Float(0.5, 1.0)}, r"network\.width must be the same in all trials"),
+        ({"workers.num": Int(1, 2)}, r"workers\.num must be the same in all trials"),
+        ({"data.seed": Int(1, 2)}, r"data\.seed must be the same in all trials"),
+        ({"penalty.beta.by_layer.conv9": Float(0, 1)}, r"by_layer\.conv9: no layer with neurons has that name"),
     ],
 )
 def test_a_wrong_space_is_refused(entry: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        space.check(entry, find("digits"))
+        space.check(entry, find("digits"), layers=["conv1"])
 
 
 @pytest.mark.parametrize(
