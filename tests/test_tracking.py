@@ -96,7 +96,9 @@ def test_a_run(runs_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("# a")
     tracker.artifacts(tmp_path / "plots")
     tracker.artifacts([tmp_path / "report.md"])
-    tracker.table("layers", [{"name": "conv1", "alive": 3}, {"name": "conv2", "alive": 4}])
+    tracker.table("layers", [{"name": "conv1", "alive": 16}])
+    tracker.table("layers", [{"name": "conv1", "alive": 3}, {"name": "conv2", "alive": 4}])  # in its place
+    tracker.table("trials", [{"trial": 0}])
     tracker.end()
     run = recorded(runs_dir, run_id)
     assert run.info.status == "FINISHED"
@@ -110,7 +112,10 @@ def test_a_run(runs_dir: Path, tmp_path: Path) -> None:
     folder = runs_dir / "mlartifacts" / run_id / "artifacts"
     assert (folder / "plots" / "a.png").read_bytes() == b"png"
     assert (folder / "report.md").exists()
-    assert json.loads((folder / "layers.json").read_text())["columns"] == ["name", "alive"]
+    table = json.loads((folder / "layers.json").read_text())
+    assert table == {"columns": ["name", "alive"], "data": [["conv1", 3], ["conv2", 4]]}
+    shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "layers.json", "type": "table"}, {"path": "trials.json", "type": "table"}]
 
 
 def test_resume_goes_on_with_the_run_and_keeps_its_parameters(runs_dir: Path) -> None:
