@@ -377,7 +377,7 @@ def _with_overrides(command: str, config: RunConfig, arguments: list[str]) -> Ru
         # A box, drawn or not: its title, what is wrong, a rule, where help is.
         lines = [line.strip(" │|─-+╭╮╰╯") for line in complaint.getvalue().splitlines()[1:]]
         message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines))
-        raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: )", "", " ".join(message))) from None
+        raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: |\w+\.\w)", "", " ".join(message))) from None
 
 
 def _dry_run(name: str, config: RunConfig, console: Console, *, command: str = "train") -> int:

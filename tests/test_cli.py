@@ -13,7 +13,7 @@ from dist_gsl.cli import main
         (["train", "dec3-char"], "no recipe is called 'dec3-char'; did you mean dec3-chars?"),
         (["train", "dec3-chars", "--train.epoch", "3"], "did you mean train.epochs?"),
         (["train", "dec3-chars", "--train.epochs", "x"], "--train.epochs"),
-        (["train", "dec3-chars", "--train.epochs", "0"], "train.epochs is 0, must be at least 1"),
+        (["train", "dec3-chars", "--train.epochs", "0"], "error: train.epochs is 0, must be at least 1"),
         (["train", "dec3-chars", "--penalty.alpha.rest", "1.5"], "alpha is 1.5, must lie in [0, 1]"),
         (["train", "dec3-chars", "--penalty.beta.rest", "-1"], "beta is -1.0, must be a finite number >= 0"),
         (["train", "dec3-chars", "--workers.num", "64"], "64 workers need 64 CPUs, this machine has"),
