@@ -1,5 +1,6 @@
 """Eight concurrent writers on a tracking server over a real PostgreSQL lose nothing."""
 
+import contextlib
 import os
 import pwd
 import secrets
@@ -117,20 +118,21 @@ def test_eight_writers_lose_no_metric(server: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     command = [sys.executable, "-c", WRITER]
-    writers = [
-        subprocess.Popen([*command, str(number), server, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for number in range(WRITERS)
-    ]  # fmt: skip
-    try:
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                subprocess.Popen([*command, str(number), server, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            for number in range(WRITERS)
+        ]  # fmt: skip
+        for writer in writers:
+            stack.callback(writer.kill)  # before its pipes are closed, as callbacks run last one first
         run_ids = [writer.stdout.readline().strip() for writer in writers if writer.stdout]
         for writer in writers:
             assert writer.stdin is not None
             writer.stdin.write("go\n")
             writer.stdin.flush()
         assert [writer.wait(timeout=240) for writer in writers] == [0] * WRITERS
-    finally:
-        for writer in writers:
-            writer.kill()
     assert len(set(run_ids)) == WRITERS
     client = MlflowClient(server)
     for number, run_id in enumerate(run_ids):
