@@ -128,7 +128,8 @@ def _quality(record: dict[str, Any]) -> str:
 
 
 class Steps:
-    """Progress of work that counts: `steps(what, done, total)`; a bar on a terminal, a line at the start elsewhere."""
+    """Progress of work that counts: `with Steps(console) as steps: steps(what, done, total)`; a bar on a terminal, a
+    line at the start elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -155,7 +156,10 @@ class Steps:
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
-    def close(self) -> None:
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from dist_gsl import data, launch, plots, report, runs, tracking
+from dist_gsl import launch, plots, report, runs, tracking
 from dist_gsl.config import RunConfig
 from dist_gsl.display import Display, Steps
 from dist_gsl.launch import Listener
 from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
 from dist_gsl.tracking import Tracker
-from dist_gsl.training import session
 
 BASELINE = "-baseline"
 
@@ -108,10 +107,7 @@ def run(
 
     `ValueError` for what the user gave, before anything is written.
     """
-    if config.train.init is not None:  # workers run in another directory
-        config = replace(config, train=replace(config.train, init=str(Path(config.train.init).absolute())))
-    data_dir = config.data.directory().absolute()
-    settled = replace(config, data=replace(config.data, dir=str(data_dir)))
+    settled = launch.settled(config)
     plain = replace(settled, penalty=config.penalty.without())
     # What can be refused without work is refused before any; an error in a worker comes late and far away.
     baseline_exists = (runs_dir / f"{name}{BASELINE}").exists()
@@ -125,44 +121,20 @@ def run(
         check_baseline(baseline, settled)
     elif with_baseline:
         baseline = check_name(runs_dir, f"{name}{BASELINE}", resume=resume and baseline_exists, config=plain)
-    launch.check_machine(config.workers)
-    steps = Steps(console)
-    try:
-        launch.prepare_data(config, progress=steps)
-    finally:
-        steps.close()
-    session.dry_build(config, session.shapes_of(config, data.dataset_info(data_dir)))
-    for split in ("train", "val"):  # what a loader refuses is found here and not in every worker
-        session.make_loader(settled, split, data_dir, train=split == "train", world_size=config.workers.num)
-    config = settled
+    with Steps(console) as steps:
+        launch.prepare(config, progress=steps)
     with launch.ray_cluster(config.workers) as resources:
         if baseline is not None and baseline_name is None:
             _train_and_report(
-                plain,
-                baseline,
-                resources,
-                data_dir,
-                recipe=recipe,
-                command=command,
-                console=console,
-                baseline=None,
-                track=track,
+                plain, baseline, resources, recipe=recipe, command=command, console=console, baseline=None, track=track,
                 runs_dir=runs_dir,
-            )
+            )  # fmt: skip
         if continued is not None and not folder.path.exists():
             _take_over(continued, folder)
         return _train_and_report(
-            config,
-            folder,
-            resources,
-            data_dir,
-            recipe=recipe,
-            command=command,
-            console=console,
-            baseline=baseline,
-            track=track,
+            settled, folder, resources, recipe=recipe, command=command, console=console, baseline=baseline, track=track,
             runs_dir=runs_dir,
-        )
+        )  # fmt: skip
 
 
 def _take_over(source: RunFolder, folder: RunFolder) -> None:
@@ -181,7 +153,6 @@ def _train_and_report(
     config: RunConfig,
     folder: RunFolder,
     resources: launch.Resources,
-    data_dir: Path,
     *,
     recipe: str,
     command: Sequence[str],
@@ -208,7 +179,7 @@ def _train_and_report(
                 recorder = _Recorder(display, tracker, folder)
                 if recorder.log_file.exists():
                     recorder.log = NeuronLog.read(recorder.log_file)
-                launch.train(config, folder, resources, data_dir=data_dir, listener=recorder, mlflow_run_id=run_id)
+                launch.train(config, folder, resources, listener=recorder, mlflow_run_id=run_id)
         made = report_run(folder, baseline=baseline, recipe=recipe, command=command, console=console, tracker=tracker)
         status = tracking.Status.FINISHED
         return made

@@ -8,13 +8,15 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_gsl import data
 from dist_gsl.config import RunConfig
+from dist_gsl.neurons import Neurons
 from dist_gsl.runs import CHECKPOINTS, RunFolder
+from dist_gsl.training import session
 from dist_gsl.training.config import WorkersConfig
 
 
@@ -41,12 +43,24 @@ class Resources:
     """How many such runs fit the cluster at once."""
 
 
-def prepare_data(config: RunConfig, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """The absolute folder of a run's betons, checked; where no folder is named they are written from `data.source`."""
+def settled(config: RunConfig) -> RunConfig:
+    """The config with absolute paths: workers run in another directory."""
+    init = config.train.init and str(Path(config.train.init).absolute())
+    directory = str(config.data.directory().absolute())
+    return replace(config, train=replace(config.train, init=init), data=replace(config.data, dir=directory))
+
+
+def prepare(config: RunConfig, *, progress: Callable[[str, int, int], None] | None = None) -> Neurons:
+    """Writes a config's betons where no folder of them is named, and refuses here what would fail in every worker, late
+    and far away: the starting network's neurons."""
+    check_machine(config.workers)
     directory = data.prepare(config.data, progress=progress).absolute()
     for split in ("train", "val"):
         data.check(directory / f"{split}.beton")
-    return directory
+    neurons = session.dry_build(config, session.shapes_of(config, data.dataset_info(directory)))
+    for split in ("train", "val"):
+        session.make_loader(config, split, directory, train=split == "train", world_size=config.workers.num)
+    return neurons
 
 
 @contextmanager
@@ -115,11 +129,10 @@ def train(
     folder: RunFolder,
     resources: Resources,
     *,
-    data_dir: Path,
     listener: Listener,
     mlflow_run_id: str | None = None,
 ) -> None:
-    """Trains a run to its last epoch on a connected cluster, from the folder's last checkpoint if it has one.
+    """Trains a settled config to its last epoch on a connected cluster, from the folder's last checkpoint if it has one.
 
     `RuntimeError` with the worker's own message where training failed.
     """
@@ -139,8 +152,7 @@ def train(
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.to_dict(), "data_dir": str(data_dir), "mlflow_run_id": mlflow_run_id,
-                           "events": events},
+        train_loop_config={"config": config.to_dict(), "mlflow_run_id": mlflow_run_id, "events": events},
         scaling_config=ray_train.ScalingConfig(
             num_workers=resources.num_workers, use_gpu=resources.gpu,
             resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if resources.gpu else {})},

@@ -20,7 +20,7 @@ from dist_gsl.training.state import RunState
 def train_worker(job: dict[str, Any]) -> None:
     """Trains, reports every epoch with a checkpoint, and goes on from Ray Train's last checkpoint if there is one.
 
-    job: "config" (RunConfig as dict), "data_dir", "mlflow_run_id", and "events", a queue to the driver that gets
+    job: "config" (RunConfig as dict, its data.dir absolute), "mlflow_run_id", and "events", a queue to the driver that gets
     ("progress", Progress), ("epoch", record, norms, masks) ("warning", text) and ("failed", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
@@ -59,7 +59,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     try:
         session.run(
-            config, data_dir=Path(job["data_dir"]), device=ray.train.torch.get_device(), state=state,
+            config, data_dir=config.data.directory(), device=ray.train.torch.get_device(), state=state,
             on_epoch=on_epoch, on_progress=on_progress, mlflow_run_id=job["mlflow_run_id"],
         )  # fmt: skip
     except DivergedError as error:  # all workers alike; Ray would only try it again

@@ -15,12 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-from dist_gsl import data, launch, tracking
+from dist_gsl import launch, tracking
 from dist_gsl.config import RunConfig
 from dist_gsl.display import SearchDisplay, Steps
 from dist_gsl.runs import NEURON_LOG, check_plain_name
 from dist_gsl.tracking import Tracker
-from dist_gsl.training import session
 from dist_gsl.tuning import results, stopping
 from dist_gsl.tuning import space as spaces
 from dist_gsl.tuning.records import SearchFolder, SearchSettings, Status, TrialRecord, described, known_points
@@ -57,24 +56,16 @@ def search(
     if settings.searcher == "grid":
         in_all = len(spaces.grid(space)) + settings.baseline
         settings = replace(settings, num_trials=min(settings.num_trials, in_all))
-    given = absolute(settings.base)
-    data_dir = given.data.directory().absolute()
-    base = replace(given, data=replace(given.data, dir=str(data_dir)))
+    given = settings.base
+    base = launch.settled(given)
     settings = replace(settings, base=base, space=described(space))
     _check_folder(folder, settings, resume=resume)
-    launch.check_machine(base.workers)
-    steps = Steps(console)
-    try:
-        launch.prepare_data(given, progress=steps)
-    finally:
-        steps.close()
-    neurons = session.dry_build(base, session.shapes_of(base, data.dataset_info(data_dir)))
+    with Steps(console) as steps:
+        neurons = launch.prepare(given, progress=steps)
     widths = {layer.name: layer.num_neurons for layer in neurons}
     spaces.check(space, base, layers=list(widths), num_draws=0)
-    for split in ("train", "val"):
-        session.make_loader(base, split, data_dir, train=split == "train", world_size=base.workers.num)
     with folder.locked(), launch.ray_cluster(base.workers, dashboard=True) as resources:
-        conductor = _Conductor(folder, settings, space, widths, data_dir, runs_dir, command, console, track)
+        conductor = _Conductor(folder, settings, space, widths, runs_dir, command, console, track)
         conductor.begin()
         status = tracking.Status.FAILED
         try:
@@ -92,26 +83,24 @@ def search(
     return folder
 
 
-def absolute(config: RunConfig) -> RunConfig:
-    """Workers run in another directory."""
-    if config.train.init is None:
-        return config
-    return replace(config, train=replace(config.train, init=str(Path(config.train.init).absolute())))
-
-
 def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: bool) -> None:
     if not folder.settings_file.exists():
         if folder.path.exists() and any(path.name != ".lock" for path in folder.path.iterdir()):
             raise ValueError(f"{folder.path} exists and is no search; choose another --name")
         if resume:
-            raise ValueError(f"--resume: there is no search {folder.name!r} in {folder.path.parent}; leave --resume out")
+            raise ValueError(
+                f"--resume: there is no search {folder.name!r} in {folder.path.parent}; leave --resume out"
+            )
         return
     if not resume:
         raise ValueError(f"search {folder.name!r} exists: choose another --name, or go on with it by --resume")
     before, now = folder.settings(), settings
     pairs = [
         *((f"the space's {key}", before.space.get(key), now.space.get(key)) for key in {**before.space, **now.space}),
-        *((f"--{key}", getattr(before, key), getattr(now, key)) for key in ("searcher", "objective", "seed", "baseline")),
+        *(
+            (f"--{key}", getattr(before, key), getattr(now, key))
+            for key in ("searcher", "objective", "seed", "baseline")
+        ),
         ("early stopping", before.stopping, now.stopping),
         *((key, before.base.flat().get(key), value) for key, value in now.base.flat().items() if "workers." not in key),
     ]
@@ -128,9 +117,9 @@ class _Conductor:
 
     def __init__(
         self, folder: SearchFolder, settings: SearchSettings, space: Space, widths: dict[str, int],
-        data_dir: Path, runs_dir: Path, command: Sequence[str], console: Console, track: bool,
+        runs_dir: Path, command: Sequence[str], console: Console, track: bool,
     ) -> None:  # fmt: skip
-        self.folder, self.settings, self.space, self.data_dir = folder, settings, space, data_dir
+        self.folder, self.settings, self.space = folder, settings, space
         self.runs_dir, self.command, self.track = runs_dir, list(command), track
         self.widths = widths
         self.records = folder.records()
@@ -207,7 +196,7 @@ class _Conductor:
             self._save(record)
             self.display.started(record)
             return {"number": number, "config": config.to_dict(), "folder": str(run_folder.path),
-                    "data_dir": str(self.data_dir), "latency": self.settings.objective == "latency",
+                    "latency": self.settings.objective == "latency",
                     "command": shlex.join(self.command)}  # fmt: skip
         return None
 
@@ -230,7 +219,7 @@ class _Conductor:
     def config_of(self, record: TrialRecord) -> RunConfig:
         if record.is_baseline:
             return replace(self.settings.base, penalty=self.settings.base.penalty.without())
-        return absolute(spaces.applied(self.settings.base, record.params))
+        return launch.settled(spaces.applied(self.settings.base, record.params))
 
     def result(self, number: int, kind: str, content: Any) -> bool:
         """Takes what a trial tells (see `run_trial`); whether it is to be stopped."""
@@ -344,7 +333,9 @@ def _run_tune(conductor: _Conductor, *, gpu: bool, max_concurrent: int) -> None:
     class Losses(One, Callback):
         def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
             lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
-            conductor.lost(trial.config["job"]["number"], f"its process was lost: {lines[-1] if lines else 'no reason given'}")
+            conductor.lost(
+                trial.config["job"]["number"], f"its process was lost: {lines[-1] if lines else 'no reason given'}"
+            )
 
         def __reduce__(self) -> Any:
             return Callback, ()

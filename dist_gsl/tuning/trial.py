@@ -45,9 +45,9 @@ def run_trial(job: dict[str, Any]) -> None:
     """Ray Tune's trainable. Trains the trial of `job`, from its folder's last checkpoint if there is one, removes the
     dead neurons, and reports.
 
-    job: "number", "config" (RunConfig as dict), "folder", "data_dir", "gpu", "latency" (measure it?). It tells "epoch"
-    with the epoch's record, "history" with those of the checkpoint it goes on from, "warning" with its text, and at the end "finished" with {"summary", "latency_ms"}, or
-    "failed" with the reason.
+    job: "number", "config" (RunConfig as dict), "folder", "gpu", "latency" (measure it?). It tells "epoch" with the epoch's
+    record, "history" with those of the checkpoint it goes on from, "warning" with its text, and at the end "finished" with
+    {"summary", "latency_ms"}, or "failed" with the reason.
     """
     folder, config = RunFolder(Path(job["folder"])), RunConfig.from_dict(job["config"])
     # Ray gives a process that reserves no CPU a single thread; removal and proof may use what a worker has.
@@ -57,7 +57,7 @@ def run_trial(job: dict[str, Any]) -> None:
         if folder.last_checkpoint() is not None:  # an epoch may be in the checkpoint that nobody was told of
             _tell("history", folder.state()["history"])
         if not folder.is_finished:
-            launch.train(config, folder, resources, data_dir=Path(job["data_dir"]), listener=_ToTune(folder))
+            launch.train(config, folder, resources, listener=_ToTune(folder))
         made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=job["command"])
         report.write(made, folder.path)
         latency = measure_latency(folder) if job["latency"] else None

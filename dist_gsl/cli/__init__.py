@@ -1,0 +1,77 @@
+"""The command line: parse, call one function, exit code. 0 done; 2 what the user gave is wrong; 1 it failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from dist_gsl import __version__
+from dist_gsl.cli import data, results, train, tune
+from dist_gsl.cli.common import OneLineParser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `dist-gsl`."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console(soft_wrap=True, markup=False)  # paths may hold brackets
+    try:
+        return _run(arguments, console)
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+    ) as error:
+        _one_line(error)
+        return 2
+    except (RuntimeError, OSError) as error:
+        _one_line(error)
+        return 1
+    except KeyboardInterrupt:
+        print("dist-gsl: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: BaseException) -> None:
+    if os.environ.get("DIST_GSL_TRACEBACK"):
+        raise error
+    print("dist-gsl: error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
+def _run(arguments: list[str], console: Console) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_fields:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _quiet()
+    options.fields, options.command_line = rest, ["dist-gsl", *arguments]
+    exit_code: int = options.run(options, console)
+    return exit_code
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="dist-gsl",
+        description="Train networks that find their own number of neurons, and keep only those.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dist-gsl {__version__}")
+    parser.set_defaults(takes_fields=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
+    for module in (data, train, tune, results):
+        module.add(commands)
+    return parser
+
+
+def _quiet() -> None:
+    """Leaves the terminal to our own lines; what other libraries log as a warning on import is not the user's concern."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns of a change to come otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="No complete tensor found", module="torch.export")

@@ -1,0 +1,85 @@
+"""What several commands share: their parser, fields of the config as options, the dry run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import re
+from typing import NoReturn, TypeAlias
+
+from rich.console import Console
+
+from dist_gsl.config import RunConfig
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong and where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"
+"""What `add` of each command's module gets, to add its parser to."""
+
+
+def with_overrides(command: str, config: RunConfig, arguments: list[str]) -> RunConfig:
+    """The config with `--any.field value` applied; one line for what does not fit."""
+    import tyro
+
+    from dist_gsl.config import check_field, field_names
+
+    known = [*field_names(), "penalty.beta.by_layer", "penalty.alpha.by_layer"]
+    for argument in arguments:
+        if argument.startswith("--") and argument != "--help":
+            check_field(argument[2:].partition("=")[0].replace("-", "_"), known)
+        elif not argument.startswith("-") and argument is arguments[0]:
+            raise ValueError(
+                f"{command.split()[0]}: {argument!r} is neither a field nor an option; fields look like --train.epochs 20"
+            )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                RunConfig, default=config, args=arguments, prog=f"dist-gsl {command}",
+                config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagConversionOff),
+            )  # fmt: skip
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        # A box, drawn or not: its title, what is wrong, a rule, where help is.
+        lines = [line.strip(" │|─-+╭╮╰╯") for line in complaint.getvalue().splitlines()[1:]]
+        message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines))
+        raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: |\w+\.\w)", "", " ".join(message))) from None
+
+
+def dry_run(name: str, config: RunConfig, console: Console, *, command: str = "train") -> int:
+    """Prints a config's layers and checks that its workers can be had, without data."""
+    from dist_gsl import data, launch
+    from dist_gsl.recipes import RECIPES
+    from dist_gsl.training import session
+
+    directory = config.data.directory()
+    if (directory / "dataset.json").exists():
+        shapes = session.shapes_of(config, data.dataset_info(directory))
+    elif recipe := RECIPES.get(name) or next(
+        (known for known in RECIPES.values() if known.make().data.source == config.data.source), None
+    ):
+        shapes = session.Shapes(recipe.channels, config.data.size or recipe.size, recipe.num_outputs)
+    else:
+        raise ValueError(f"{command}: --dry-run of {name} needs its data, and {directory} holds none")
+    neurons = session.dry_build(config, shapes)
+    for layer in neurons:
+        console.print(
+            f"  {layer.name:<24} {layer.num_neurons:>5} neurons of {layer.group_size:,} parameters", highlight=False
+        )
+    for layer_name, reason in neurons.pinned.items():
+        console.print(f"  {layer_name:<24} pinned: {reason}", highlight=False)
+    with launch.ray_cluster(config.workers) as resources:
+        where = "a GPU each" if resources.gpu else f"{config.workers.cpus:g} CPU each"
+        console.print(
+            f"{name}: config and shapes fit; {resources.num_workers} workers with {where} can be had", highlight=False
+        )
+    return 0
