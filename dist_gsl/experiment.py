@@ -27,7 +27,7 @@ class _Recorder(Listener):
     """Writes what comes from training to the run's folder and to the tracking store, and shows it."""
 
     def __init__(self, display: Display, tracker: Tracker, folder: RunFolder) -> None:
-        self.display, self.tracker = display, tracker
+        self.display, self.tracker, self.folder = display, tracker, folder
         self.log_file = folder.path / NEURON_LOG
         self.log = NeuronLog()
 
@@ -39,13 +39,15 @@ class _Recorder(Listener):
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         self.display.epoch(record, norms, masks)
-        _track(self.tracker, record)
+        self.tracker.epoch(record)
+        self.folder.save_mlflow_run_id(self.tracker.run_id)  # the store may not have been there at the beginning
         self.log.append(record["epoch"], norms, masks)
         self.log.write(self.log_file)
 
 
-def _track(tracker: Tracker, record: dict[str, Any]) -> None:
-    tracker.metrics(tracking.epoch_metrics(record), step=record["epoch"])
+def is_begun(runs_dir: Path, name: str) -> bool:
+    """Is there something that `resume` could go on with?"""
+    return any(RunFolder(runs_dir / each).config_file.exists() for each in (name, f"{name}{BASELINE}"))
 
 
 def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) -> RunFolder:
@@ -110,10 +112,10 @@ def run(
     settled = launch.settled(config)
     plain = replace(settled, penalty=config.penalty.without())
     # What can be refused without work is refused before any; an error in a worker comes late and far away.
-    baseline_exists = (runs_dir / f"{name}{BASELINE}").exists()
+    baseline_exists = RunFolder(runs_dir / f"{name}{BASELINE}").config_file.exists()
     with_baseline = baseline_name is None and (with_baseline or (resume and baseline_exists))
     # Interrupted while the baseline trained, a run goes on although it has no folder of its own yet.
-    begun = (runs_dir / name).exists() or not (with_baseline and baseline_exists)
+    begun = RunFolder(runs_dir / name).config_file.exists() or not (with_baseline and baseline_exists)
     folder = check_name(runs_dir, name, resume=resume and begun, config=settled)
     baseline = None
     if baseline_name is not None:
@@ -121,20 +123,21 @@ def run(
         check_baseline(baseline, settled)
     elif with_baseline:
         baseline = check_name(runs_dir, f"{name}{BASELINE}", resume=resume and baseline_exists, config=plain)
-    with Steps(console) as steps:
-        launch.prepare(config, progress=steps)
-    with launch.ray_cluster(config.workers) as resources:
-        if baseline is not None and baseline_name is None:
-            _train_and_report(
-                plain, baseline, resources, recipe=recipe, command=command, console=console, baseline=None, track=track,
-                runs_dir=runs_dir,
+    with launch.connected(config.workers):
+        with Steps(console) as steps:
+            launch.prepare(config, progress=steps)
+        with launch.ray_cluster(config.workers) as resources:
+            if baseline is not None and baseline_name is None:
+                _train_and_report(
+                    plain, baseline, resources, recipe=recipe, command=command, console=console, baseline=None,
+                    track=track, runs_dir=runs_dir,
+                )  # fmt: skip
+            if continued is not None and not folder.path.exists():
+                _take_over(continued, folder)
+            return _train_and_report(
+                settled, folder, resources, recipe=recipe, command=command, console=console, baseline=baseline,
+                track=track, runs_dir=runs_dir,
             )  # fmt: skip
-        if continued is not None and not folder.path.exists():
-            _take_over(continued, folder)
-        return _train_and_report(
-            settled, folder, resources, recipe=recipe, command=command, console=console, baseline=baseline, track=track,
-            runs_dir=runs_dir,
-        )  # fmt: skip
 
 
 def _take_over(source: RunFolder, folder: RunFolder) -> None:
@@ -167,19 +170,20 @@ def _train_and_report(
     tracker: Tracker = tracking.MlflowTracker(runs_dir) if track else tracking.NullTracker()
     last = folder.last_checkpoint()
     state = None if last is None else folder.state()
-    previous_id = None if state is None else state["mlflow_run_id"]
-    run_id = tracker.start(folder.name, config.flat() | config.effective(), {"recipe": recipe}, run_id=previous_id)
+    tracker.start(
+        folder.name, config.flat() | config.effective(), {"recipe": recipe}, run_id=folder.mlflow_run_id()
+    )
+    folder.save_mlflow_run_id(tracker.run_id)
     status = tracking.Status.FAILED
-    if state is not None and previous_id is None:  # trained so far without a run of its own in the store
-        for record in state["history"]:
-            _track(tracker, record)
+    for record in [] if state is None else state["history"]:  # whoever trained it may not have come to tell
+        tracker.epoch(record)
     try:
         if not folder.is_finished:
             with Display(console, title=folder.name, num_epochs=config.train.epochs) as display:
                 recorder = _Recorder(display, tracker, folder)
                 if recorder.log_file.exists():
                     recorder.log = NeuronLog.read(recorder.log_file)
-                launch.train(config, folder, resources, listener=recorder, mlflow_run_id=run_id)
+                launch.train(config, folder, resources, listener=recorder)
         made = report_run(folder, baseline=baseline, recipe=recipe, command=command, console=console, tracker=tracker)
         status = tracking.Status.FINISHED
         return made

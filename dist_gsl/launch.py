@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,11 +74,12 @@ def ray_cluster(workers: WorkersConfig, *, dashboard: bool = False) -> Iterator[
     import ray
 
     check_machine(workers)
-    address = workers.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(workers)
     started = not ray.is_initialized()
     if started:
         if address is None:  # nobody takes this machine away, and the watcher is a process more
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=address or "local",  # None would join whatever Ray runs on this machine
@@ -93,28 +95,66 @@ def ray_cluster(workers: WorkersConfig, *, dashboard: bool = False) -> Iterator[
             ) from error
         except Exception as error:  # Ray raises bare ones where its processes do not come up
             raise RuntimeError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's would exit without a word to the tracking store
     try:
-        total = ray.cluster_resources()
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        slots = sum(int(node.get("CPU", 0) // workers.cpus) for node in nodes)  # a worker lies on one node
-        if slots < workers.num:
-            available = sum(node.get("CPU", 0) for node in nodes)
-            raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "the cluster"))
-        gpu = total.get("GPU", 0) >= workers.num if workers.gpu is None else workers.gpu
-        if gpu and total.get("GPU", 0) < workers.num:
-            raise ValueError(_too_many(workers, "GPU", workers.num, total.get("GPU", 0), "the cluster"))
-        if gpu:
-            slots = sum(min(int(node.get("CPU", 0) // workers.cpus), int(node.get("GPU", 0))) for node in nodes)
-        yield Resources(workers.num, gpu, max(1, slots // workers.num))
+        yield _resources(workers)
     finally:
         if started:
             ray.shutdown()
 
 
+@contextmanager
+def connected(workers: WorkersConfig) -> Iterator[None]:
+    """What a cluster cannot hold is refused before data are written; a Ray of our own is started after that."""
+    if cluster_address(workers) is None:
+        yield
+        return
+    with ray_cluster(workers):
+        yield
+
+
+def _resources(workers: WorkersConfig) -> Resources:
+    nodes = _nodes()
+    slots = sum(int(node.get("CPU", 0) // workers.cpus) for node in nodes)  # a worker lies on one node
+    if slots < workers.num:
+        available = sum(node.get("CPU", 0) for node in nodes)
+        raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "the cluster"))
+    gpu_slots = sum(min(int(node.get("CPU", 0) // workers.cpus), int(node.get("GPU", 0))) for node in nodes)
+    gpu = gpu_slots >= workers.num if workers.gpu is None else workers.gpu
+    if gpu and gpu_slots < workers.num:
+        available = sum(node.get("GPU", 0) for node in nodes)
+        raise ValueError(_too_many(workers, "GPU", workers.num, available, "the cluster"))
+    return Resources(workers.num, gpu, max(1, (gpu_slots if gpu else slots) // workers.num))
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """What each node has, and each that an autoscaler could start."""
+    import ray
+    from ray._private.state import state  # what Ray's own libraries ask; there is no public way
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config: Any = state.get_cluster_config()
+    for group in [] if config is None else config.node_group_configs:
+        most = MOST_NODES if group.max_count < 0 else group.max_count  # without a limit
+        running = sum(all(node.get(key, 0) >= value for key, value in group.resources.items()) for node in nodes)
+        nodes += [dict(group.resources)] * max(0, min(most, MOST_NODES) - running)
+    return nodes
+
+
+MOST_NODES = 1000
+"""Of one kind, as far as counting goes."""
+
+
+def cluster_address(workers: WorkersConfig) -> str | None:
+    """The Ray cluster to connect to; None: a Ray of our own."""
+    return workers.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def check_machine(workers: WorkersConfig) -> None:
     """`ValueError` where no cluster is named and this machine has too few CPUs."""
     available = os.cpu_count() or 1
-    if not (workers.address or os.environ.get("RAY_ADDRESS")) and workers.num * workers.cpus > available:
+    if cluster_address(workers) is None and workers.num * workers.cpus > available:
         raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "this machine"))
 
 
@@ -130,7 +170,6 @@ def train(
     resources: Resources,
     *,
     listener: Listener,
-    mlflow_run_id: str | None = None,
 ) -> None:
     """Trains a settled config to its last epoch on a connected cluster, from the folder's last checkpoint if it has one.
 
@@ -145,6 +184,8 @@ def train(
 
     from dist_gsl.training.worker import train_worker
 
+    # Ray's own minute is too short for machines that are being started; what the user has set stays.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout))
     ray_train: Any = ray.train  # type checkers read the interface of its first version
 
     # On this process's node: what takes the queue away takes this process too.
@@ -152,7 +193,7 @@ def train(
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.to_dict(), "mlflow_run_id": mlflow_run_id, "events": events},
+        train_loop_config={"config": config.to_dict(), "folder": str(folder.path), "events": events},
         scaling_config=ray_train.ScalingConfig(
             num_workers=resources.num_workers, use_gpu=resources.gpu,
             resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if resources.gpu else {})},
@@ -221,7 +262,8 @@ def _reason(error: BaseException) -> str:
     """The message of the first worker that failed, rather than Ray's story about it."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return f"training failed: {str(error).strip().splitlines()[0]}"
+        cause = getattr(error, "controller_failure", error)
+        return f"training failed: {str(cause).strip().splitlines()[0]}"
     messages = []
     for rank, cause in sorted(failures.items()):
         lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]

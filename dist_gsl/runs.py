@@ -23,6 +23,7 @@ from dist_gsl.training.state import build_network
 
 CHECKPOINTS = "checkpoints"
 NEURON_LOG = "neurons.parquet"
+TRACKING = "tracking.json"
 Say = Callable[[str], None]
 
 
@@ -65,6 +66,17 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         return RunConfig.load(self.config_file)
+
+    def mlflow_run_id(self) -> str | None:
+        """The tracking store's name for the run, once it has one."""
+        file = self.path / TRACKING
+        return json.loads(file.read_text())["mlflow_run_id"] if file.exists() else None
+
+    def save_mlflow_run_id(self, run_id: str | None) -> None:
+        if run_id is not None and run_id != self.mlflow_run_id():
+            temporary = self.path / f".{TRACKING}.tmp"
+            temporary.write_text(json.dumps({"mlflow_run_id": run_id}))
+            os.replace(temporary, self.path / TRACKING)
 
     def last_checkpoint(self) -> Path | None:
         """The last one that was written whole: Ray Train lists a checkpoint when its files are there, and resumes by

@@ -78,6 +78,9 @@ class Tracker:
     def metrics(self, values: Mapping[str, float | None], step: int) -> None:
         """Numbers of one epoch; None is left out."""
 
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """The numbers of an epoch's record, once: an epoch that the store has is left as it is, whoever told of it."""
+
     def summary(self, values: Mapping[str, float | None]) -> None:
         """The final numbers, under the same names in every run, for the store's compare view; None is left out."""
 
@@ -164,6 +167,8 @@ class MlflowTracker(Tracker):
         self._waiting: deque[tuple[str, Callable[[MlflowClient, str], None]]] = deque(maxlen=MAX_WAITING)
         self._is_away, self._num_failures = False, 0
         self._last_step = 0
+        self._epochs: set[int] | None = None
+        """Those that the store has; None: not asked yet."""
 
     # --- the interface
 
@@ -184,7 +189,7 @@ class MlflowTracker(Tracker):
                         raise
                     _log.warning("tracking: %s has no run %s to go on with; a new one begins", masked(self.uri), run_id)
             new = client.create_run(experiment_id, run_name=name, tags=dict(tags or {})).info.run_id
-            self.run_id = new  # a failure from here on does not create it again
+            self.run_id, self._epochs = new, set()  # a failure from here on does not create it again
             return new
 
         def log_params(client: MlflowClient, new: str) -> None:
@@ -198,21 +203,27 @@ class MlflowTracker(Tracker):
             if current != run_id:
                 log_params(client, current)
 
-        self.run_id, self._start = None, begin
+        self.run_id, self._start, self._epochs = None, begin, None
         self._send("the parameters", params_if_new)
         return self.run_id
 
     def metrics(self, values: Mapping[str, float | None], step: int) -> None:
-        now = int(time.time() * 1000)
         self._last_step = max(self._last_step, step)
-        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        self._send("metrics", _metrics_sender(values, step))
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        step = int(record["epoch"])
+        send = _metrics_sender(epoch_metrics(record), step)
 
         def log(client: MlflowClient, run_id: str) -> None:
-            from mlflow.entities import Metric
+            if self._epochs is None:
+                self._epochs = {metric.step for metric in client.get_metric_history(run_id, "epoch")}
+            if step not in self._epochs:
+                send(client, run_id)
+                self._epochs.add(step)
 
-            client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in numbers.items()])
-
-        self._send("metrics", log)
+        self._last_step = max(self._last_step, step)
+        self._send(f"epoch {step}", log)
 
     def summary(self, values: Mapping[str, float | None]) -> None:
         self.metrics(values, self._last_step)  # an earlier step would hide behind an epoch's metric of the same name
@@ -349,6 +360,18 @@ def _reason(error: BaseException) -> str:
         error = bottom if isinstance(bottom, _failures()) else error
         bottom = bottom.__cause__ or bottom.__context__
     return masked((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _metrics_sender(values: Mapping[str, float | None], step: int) -> Callable[[MlflowClient, str], None]:
+    now = int(time.time() * 1000)
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+
+    def send(client: MlflowClient, run_id: str) -> None:
+        from mlflow.entities import Metric
+
+        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in numbers.items()])
+
+    return send
 
 
 def _artifact_sender(path: Path) -> Callable[[MlflowClient, str], None]:

@@ -14,9 +14,9 @@ def base() -> RunConfig:
 
 def space():
     return {
-        "penalty.beta.rest": Float(0.4, 3.0, log=True),
+        "penalty.beta.rest": Float(1.2, 4.0, log=True),
         "penalty.beta.num_first": Choice([0, 2]),
-        "penalty.beta.first": When("penalty.beta.num_first", [2], Float(0.4, 6.0, log=True)),
+        "penalty.beta.first": When("penalty.beta.num_first", [2], Float(1.2, 6.0, log=True)),
         "penalty.alpha.rest": Choice([0.0, 0.5]),
         "penalty.beta_schedule.start": Float(0.5, 1.5),
         "penalty.beta_schedule.end": Float(3.5, 5.0),

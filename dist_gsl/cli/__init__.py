@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from dist_gsl import __version__
-from dist_gsl.cli import data, results, train, tune
+from dist_gsl.cli import data, results, submit, train, tune
 from dist_gsl.cli.common import OneLineParser
 
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `dist-gsl`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     console = Console(soft_wrap=True, markup=False)  # paths may hold brackets
+    handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments, console)
     except (
@@ -33,9 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         _one_line(error)
         return 1
+    except _Terminated:
+        print("dist-gsl: terminated; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("dist-gsl: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: whoever runs the machine wants us to end, and everything is left as after Ctrl-C."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _one_line(error: BaseException) -> None:
@@ -64,7 +79,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--version", action="version", version=f"dist-gsl {__version__}")
     parser.set_defaults(takes_fields=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
-    for module in (data, train, tune, results):
+    for module in (data, train, tune, submit, results):
         module.add(commands)
     return parser
 

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import io
 import itertools
+import os
 import re
+from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from rich.console import Console
@@ -23,6 +25,35 @@ class OneLineParser(argparse.ArgumentParser):
 
 Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"
 """What `add` of each command's module gets, to add its parser to."""
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, kind: str, default: str) -> None:
+    """The options by which a run or a search is named, found and gone on with."""
+    parser.add_argument("--name", help=f"the {kind}'s name ({default}-DATE-TIME)")
+    add_runs(parser)
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", action="store_true", help=f"go on with the {kind} of this --name")
+    going_on.add_argument(
+        "--start-or-resume", action="store_true",
+        help=f"begin the {kind} of this --name, or go on with it where it is begun: for what starts a job again",
+    )  # fmt: skip
+    parser.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runs", type=Path, default=Path(os.environ.get("DIST_GSL_RUNS", "runs")),
+        help="folder of the runs (DIST_GSL_RUNS, or else ./runs); on a cluster one that all nodes see",
+    )  # fmt: skip
+
+
+def check_runs(runs_dir: Path) -> None:
+    """`ValueError` for a relative folder in a job: its working directory is a copy of the code, deleted when it ends."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not runs_dir.is_absolute():
+        raise ValueError(
+            f"--runs {runs_dir} would lie in the job's own copy of the code, which is deleted: give an absolute path that "
+            "all nodes of the cluster see, or set DIST_GSL_RUNS in the cluster's environment"
+        )
 
 
 def with_overrides(command: str, config: RunConfig, arguments: list[str]) -> RunConfig:

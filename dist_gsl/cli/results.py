@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dist_gsl.cli.common import Commands
+from dist_gsl.cli.common import Commands, add_runs
 
 
 def add(commands: Commands) -> None:
@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
     bench.add_argument("run_dir", type=Path)
     bench.set_defaults(run=_bench)
     ui = commands.add_parser("ui", help="open the MLflow UI on the store in use")
-    ui.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
+    add_runs(ui)
     ui.add_argument("--port", type=int, default=5000, help="(%(default)s)")
     ui.set_defaults(run=_ui)
 

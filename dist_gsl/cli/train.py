@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dist_gsl.cli.common import Commands, dry_run, with_overrides
+from dist_gsl.cli.common import Commands, add_run_options, check_runs, dry_run, with_overrides
 
 
 def add(commands: Commands) -> None:
@@ -21,11 +21,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     train.add_argument("recipe", nargs="?", help="one of the recipes below, or a config.yaml")
     train.add_argument("-h", "--help", action="store_true", help="this text; with RECIPE, its fields and their values")
-    train.add_argument("--name", help="the run's name (RECIPE-DATE-TIME)")
-    train.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
-    train.add_argument(
-        "--resume", action="store_true", help="go on with the run of this --name from its last checkpoint"
-    )
+    add_run_options(train, kind="run", default="RECIPE")
     train.add_argument(
         "--baseline", action="store_true", help="train the same without penalty first, and report the gap to it"
     )
@@ -38,7 +34,6 @@ def add(commands: Commands) -> None:
     train.add_argument(
         "--dry-run", action="store_true", help="check config, shapes and cluster, without data, and stop"
     )
-    train.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
     train.set_defaults(run=run, takes_fields=True, format_help=train.format_help)
 
 
@@ -82,11 +77,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if recipe not in recipes.RECIPES and options.from_trial is None:
         recipe = Path(recipe).parent.name
     name = options.name or f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    if options.resume and not options.name:
-        raise ValueError("train: --resume needs the --name of the run to go on with")
+    if (options.resume or options.start_or_resume) and not options.name:
+        given = "--resume" if options.resume else "--start-or-resume"
+        raise ValueError(f"train: {given} needs the --name of the run to go on with")
+    check_runs(options.runs)
+    resume = options.resume or (options.start_or_resume and experiment.is_begun(options.runs, name))
     made = experiment.run(
         config, name=name, runs_dir=options.runs, recipe=recipe, command=options.command_line, console=console,
-        resume=options.resume, with_baseline=options.baseline, baseline_name=options.baseline_run,
+        resume=resume, with_baseline=options.baseline, baseline_name=options.baseline_run,
         track=not options.no_tracking, continued=trial,
     )  # fmt: skip
     report.print_table([made], console)

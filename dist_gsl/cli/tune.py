@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from dist_gsl.cli.common import Commands, dry_run, with_overrides
+from dist_gsl.cli.common import Commands, add_run_options, check_runs, dry_run, with_overrides
 
 if TYPE_CHECKING:
     from dist_gsl.tuning.records import SearchFolder
@@ -39,11 +38,7 @@ def add(commands: Commands) -> None:
     tune.add_argument(
         "--seed", type=int, default=0, help="of the search; that of each training is train.seed (%(default)s)"
     )
-    tune.add_argument("--name", help="the search's name (SPACE-DATE-TIME)")
-    tune.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
-    tune.add_argument(
-        "--resume", action="store_true", help="go on with the search of this --name; finished trials are kept"
-    )
+    add_run_options(tune, kind="search", default="SPACE")
     tune.add_argument("--no-baseline", action="store_true", help="leave out the first trial, which has no penalty")
     tune.add_argument("--no-stopping", action="store_true", help="train hopeless trials to their end too")
     tune.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (as many as the cluster holds)")
@@ -57,7 +52,6 @@ def add(commands: Commands) -> None:
         "--max-latency-ms", type=float, metavar="MS", help="choose among trials whose compact network is this fast"
     )
     tune.add_argument("--dry-run", action="store_true", help="check space, config and cluster, and stop")
-    tune.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
     tune.set_defaults(run=run, takes_fields=True, format_help=tune.format_help)
 
 
@@ -79,17 +73,21 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return 0
     file, base, space = files.load(options.space)
     base = with_overrides(f"tune {options.space}", base, [*options.fields, *(["--help"] if options.help else [])])
-    if options.resume and not options.name:
-        raise ValueError("tune: --resume needs the --name of the search to go on with")
+    if (options.resume or options.start_or_resume) and not options.name:
+        given = "--resume" if options.resume else "--start-or-resume"
+        raise ValueError(f"tune: {given} needs the --name of the search to go on with")
+    check_runs(options.runs)
     from dist_gsl.tuning import driver, results
     from dist_gsl.tuning import space as spaces
     from dist_gsl.tuning.records import SearchFolder, SearchSettings
     from dist_gsl.tuning.stopping import StoppingConfig
 
-    before = SearchFolder(options.runs.absolute() / options.name) if options.resume else None
+    before = SearchFolder(options.runs.absolute() / options.name) if options.name else None
+    is_begun = before is not None and before.settings_file.exists()
+    resume = options.resume or (options.start_or_resume and is_begun)
     if options.trials is not None:
         num_trials = options.trials
-    elif before is not None and before.settings_file.exists():
+    elif before is not None and resume and is_begun:
         num_trials = before.settings().num_trials
     else:
         num_trials = SearchSettings.num_trials
@@ -102,7 +100,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return dry_run(options.space, base, console, command="tune")
     folder = driver.search(
         settings, space, name=options.name or f"{file.stem}-{datetime.now():%Y%m%d-%H%M%S}",
-        runs_dir=options.runs, console=console, command=options.command_line, resume=options.resume,
+        runs_dir=options.runs, console=console, command=options.command_line, resume=resume,
         track=not options.no_tracking, max_concurrent=options.max_concurrent,
     )  # fmt: skip
     front = results.load(folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -26,7 +27,7 @@ class DataConfig:
     source: str = "chars"
     """Where the images come from: chars, digits, rotated-digits, or imagefolder:PATH."""
     dir: str | None = None
-    """Folder with the written .beton files. None: written on first use to ./data/SOURCE-HASH."""
+    """Folder with the written .beton files. None: written on first use to SOURCE-HASH in DIST_GSL_DATA, or else in ./data."""
     seed: int = 0
     """Seed of the data set itself, for sources that render or draw it."""
     num_train: int | None = None
@@ -51,7 +52,7 @@ class DataConfig:
         """The folder of the files: `dir`, or one whose name follows from the settings that the files follow from."""
         if self.dir is not None:
             return Path(self.dir)
-        return Path("data") / folder_name(self.source, seed=self.seed, counts=self.counts())
+        return Path(os.environ.get("DIST_GSL_DATA", "data")) / folder_name(self.source, seed=self.seed, counts=self.counts())
 
 
 def folder_name(source: str, *, seed: int, counts: Mapping[str, int]) -> str:

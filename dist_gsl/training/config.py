@@ -101,9 +101,13 @@ class WorkersConfig:
     """A Ray cluster: "auto" for the one this machine belongs to. None: RAY_ADDRESS, or else a Ray of our own on this machine."""
     max_failures: int = 3
     """Times a lost worker is replaced, each time going on from the last checkpoint."""
+    start_timeout: float = 1800.0
+    """Seconds to wait for the workers' places: until the autoscaler has started machines, or a lost one has come back."""
 
     def __post_init__(self) -> None:
         if self.num < 1:
             raise ValueError(f"workers.num is {self.num}, must be at least 1")
         if self.cpus <= 0:
             raise ValueError(f"workers.cpus is {self.cpus}, must be above 0")
+        if self.start_timeout <= 0:
+            raise ValueError(f"workers.start_timeout is {self.start_timeout}, must be above 0")

@@ -82,7 +82,6 @@ def run(
     state: Mapping[str, Any] | None,
     on_epoch: Callable[[RunState, dict[str, Any]], None],
     on_progress: Callable[[Progress], None] = lambda progress: None,
-    mlflow_run_id: str | None = None,
 ) -> RunState:
     """Trains this process's share of a run to its end, from `state` (a checkpoint) or from the start."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -101,7 +100,6 @@ def run(
         network_arguments(config, shapes), image_shape=shapes.image, train=config.train, penalty=config.penalty,
         steps_per_epoch=len(training_data), device=device, state=state,
     )  # fmt: skip
-    run_state.mlflow_run_id = run_state.mlflow_run_id or mlflow_run_id
     loop.train(
         run_state, config=config.train, penalty=config.penalty, training_data=training_data,
         validation_data=validation_data, on_epoch=on_epoch, on_progress=on_progress,

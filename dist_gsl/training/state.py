@@ -52,7 +52,6 @@ class RunState:
     position: Position
     history: list[dict[str, Any]]
     """One record an epoch."""
-    mlflow_run_id: str | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -74,7 +73,6 @@ class RunState:
             "betas": dict(self.betas),
             "position": {"epoch": self.position.epoch, "step": self.position.step},
             "history": list(self.history),
-            "mlflow_run_id": self.mlflow_run_id,
         }
 
 
@@ -135,18 +133,18 @@ def build(
     if train.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)
         neurons.register_copy(lambda: [dict(average.module.named_parameters())])
-    position, history, mlflow_run_id = Position(), [], None
+    position, history = Position(), []
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
             average.module.load_state_dict(state["average"])
             average.n_averaged.fill_(1)  # or the first update would overwrite the average
         position = Position(**state["position"])
-        history, mlflow_run_id = list(state["history"]), state["mlflow_run_id"]
+        history = list(state["history"])
     optimizer.attach(ddp, max_grad_norm=train.max_grad_norm)
     return RunState(
         network=dict(network), model=model, ddp=ddp, neurons=neurons, penalty=regulariser, betas=betas,
-        optimizer=optimizer, average=average, position=position, history=history, mlflow_run_id=mlflow_run_id,
+        optimizer=optimizer, average=average, position=position, history=history,
     )  # fmt: skip
 
 

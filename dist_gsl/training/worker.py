@@ -9,9 +9,13 @@ from typing import Any, TextIO
 
 import ray.train
 import ray.train.torch
+import ray.util
+import torch
+import torch.distributed as dist
 
 import dist_gsl
 from dist_gsl.config import RunConfig
+from dist_gsl.data.info import DESCRIPTION
 from dist_gsl.training import checkpoint, session
 from dist_gsl.training.loop import DivergedError, Progress
 from dist_gsl.training.state import RunState
@@ -20,15 +24,22 @@ from dist_gsl.training.state import RunState
 def train_worker(job: dict[str, Any]) -> None:
     """Trains, reports every epoch with a checkpoint, and goes on from Ray Train's last checkpoint if there is one.
 
-    job: "config" (RunConfig as dict, its data.dir absolute), "mlflow_run_id", and "events", a queue to the driver that gets
-    ("progress", Progress), ("epoch", record, norms, masks) ("warning", text) and ("failed", text) from rank 0.
+    job: "config" (RunConfig as dict, its data.dir absolute), "folder" (the run's), and "events", a queue to the driver that gets
+    ("progress", Progress), ("epoch", record, norms, masks), ("warning", text) and ("failed", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
     context = ray.train.get_context()
     is_first = context.get_world_rank() == 0
     events = job["events"]
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if is_first:
         _send_warnings(events)
+    if (problem := _first_problem(_unseen(Path(job["folder"]), config.data.directory()))) is not None:
+        if is_first:
+            events.put_nowait(("failed", problem))
+        return
     previous = ray.train.get_checkpoint()
     state = None
     if previous is not None:
@@ -59,12 +70,40 @@ def train_worker(job: dict[str, Any]) -> None:
 
     try:
         session.run(
-            config, data_dir=config.data.directory(), device=ray.train.torch.get_device(), state=state,
-            on_epoch=on_epoch, on_progress=on_progress, mlflow_run_id=job["mlflow_run_id"],
+            config, data_dir=config.data.directory(), device=device, state=state,
+            on_epoch=on_epoch, on_progress=on_progress,
         )  # fmt: skip
     except DivergedError as error:  # all workers alike; Ray would only try it again
         if is_first:
             events.put_nowait(("failed", str(error)))
+
+
+def _unseen(folder: Path, data_dir: Path) -> str | None:
+    """What this worker's node does not see of what every worker needs, any of which may be the first after a failure.
+
+    Without this a run would fail at its first checkpoint, an epoch late.
+    """
+    node = ray.util.get_node_ip_address()
+    if not (folder / "config.yaml").is_file():
+        return (
+            f"node {node} does not see the run's folder {folder}: give --runs a path that all nodes share, such as one "
+            "on NFS, and set it as DIST_GSL_RUNS for the cluster"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return f"node {node} cannot write to the run's folder {folder} ({error.strerror}): give its user the right to"
+    if not (data_dir / DESCRIPTION).is_file():
+        return f"node {node} does not see the data in {data_dir}: write them to a path that all nodes share (--data.dir)"
+    return None
+
+
+def _first_problem(mine: str | None) -> str | None:
+    """The problem of the lowest rank that has one, the same on all ranks, so that all end and none waits."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, mine)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def _send_warnings(events: Any) -> None:

@@ -60,26 +60,27 @@ def search(
     base = launch.settled(given)
     settings = replace(settings, base=base, space=described(space))
     _check_folder(folder, settings, resume=resume)
-    with Steps(console) as steps:
-        neurons = launch.prepare(given, progress=steps)
-    widths = {layer.name: layer.num_neurons for layer in neurons}
-    spaces.check(space, base, layers=list(widths), num_draws=0)
-    with folder.locked(), launch.ray_cluster(base.workers, dashboard=True) as resources:
-        conductor = _Conductor(folder, settings, space, widths, runs_dir, command, console, track)
-        conductor.begin()
-        status = tracking.Status.FAILED
-        try:
-            if conductor.remaining:
-                concurrent = min(resources.num_concurrent, max_concurrent or resources.num_concurrent)
-                if settings.objective == "latency":  # run time is not measured beside other trainings
-                    concurrent = 1
-                _run_tune(conductor, gpu=resources.gpu, max_concurrent=concurrent)
-            status = tracking.Status.FINISHED
-        except KeyboardInterrupt:
-            status = tracking.Status.KILLED
-            raise
-        finally:
-            conductor.end(status)
+    with launch.connected(base.workers):
+        with Steps(console) as steps:
+            neurons = launch.prepare(given, progress=steps)
+        widths = {layer.name: layer.num_neurons for layer in neurons}
+        spaces.check(space, base, layers=list(widths), num_draws=0)
+        with folder.locked(), launch.ray_cluster(base.workers, dashboard=True) as resources:
+            conductor = _Conductor(folder, settings, space, widths, runs_dir, command, console, track)
+            conductor.begin()
+            status = tracking.Status.FAILED
+            try:
+                if conductor.remaining:
+                    concurrent = min(resources.num_concurrent, max_concurrent or resources.num_concurrent)
+                    if settings.objective == "latency":  # run time is not measured beside other trainings
+                        concurrent = 1
+                    _run_tune(conductor, gpu=resources.gpu, max_concurrent=concurrent)
+                status = tracking.Status.FINISHED
+            except KeyboardInterrupt:
+                status = tracking.Status.KILLED
+                raise
+            finally:
+                conductor.end(status)
     return folder
 
 
@@ -254,7 +255,7 @@ class _Conductor:
         # A trial that goes on from its checkpoint may tell an epoch twice.
         record.curve = [*(m for m in record.curve if m.epoch < moment.epoch), moment]
         self.folder.save(record)  # first, as the store may take its time
-        self.trackers[record.number].metrics(tracking.epoch_metrics(epoch), step=moment.epoch)
+        self.trackers[record.number].epoch(epoch)
 
     def _hopeless(self, record: TrialRecord, epoch: dict[str, Any]) -> str | None:
         rules, config = self.settings.stopping, self.config_of(record)
