@@ -6,6 +6,7 @@ A job's driver runs on the cluster, so a closed laptop ends nothing. Everything 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shlex
@@ -78,6 +79,7 @@ class Cluster:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)  # its lines on uploads and websockets
         if self.is_guarded and os.environ.get("RAY_AUTH_MODE") != "token":
             raise ValueError(
                 f"{self.address} asks for a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, "

@@ -35,7 +35,8 @@ def suggest(
 
     "random": independent draws. "grid": every point, in order. "optuna": its tree-structured Parzen estimator for two
     objectives, quality up and cost down (Ozaki et al., "Multiobjective tree-structured Parzen estimator", JAIR 2022),
-    after a few random points; points that still run count as bad ones, so that it does not try them twice.
+    after a few random points; points that still run count as bad ones, so that it does not try them twice, and so do
+    points with less than half of the best accuracy: a network without neurons is never dominated, and never wanted.
     """
     if searcher == "grid":
         points = grid(space)
@@ -48,6 +49,12 @@ def suggest(
 def num_random_first(num_fields: int) -> int:
     """Random points before a model of the space is worth anything: about one for each field, 4 to 10."""
     return min(10, max(4, num_fields))
+
+
+def useful_quality(known: Sequence[Known]) -> float:
+    """Half of the best accuracy; for other qualities, which are negative errors, no bound."""
+    best = max((entry.objectives[0] for entry in known if entry.objectives is not None), default=0.0)
+    return best / 2 if best > 0 else -1e300
 
 
 def _ask_optuna(space: Space, *, seed: int, number: int, known: Sequence[Known]) -> dict[str, Any]:
@@ -63,6 +70,7 @@ def _ask_optuna(space: Space, *, seed: int, number: int, known: Sequence[Known])
             seed=random.Random(f"{seed}/{number}").getrandbits(32), n_startup_trials=0, multivariate=True, group=True,
             constant_liar=True,
         )  # fmt: skip
+    floor = useful_quality(known)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     for entry in known:
         domains = {field: _distribution(domain) for field, domain in active(space, entry.params)}
@@ -71,6 +79,7 @@ def _ask_optuna(space: Space, *, seed: int, number: int, known: Sequence[Known])
             optuna.trial.create_trial(
                 state=state, params={field: entry.params[field] for field in domains}, distributions=domains,
                 values=entry.objectives,
+                constraints=None if entry.objectives is None else {"useful": floor - entry.objectives[0]},
             )
         )  # fmt: skip
     trial = study.ask()

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 HUB, HEAD, WORKER = "10.77.0.1", "10.77.0.2", "10.77.0.3"
-RAY_PORT, JOBS_PORT = 6379, 8265
+RAY_PORT, JOBS_PORT, MLFLOW_PORT = 6379, 8265, 5000
+JOBS, MLFLOW = f"http://{HEAD}:{JOBS_PORT}", f"http://{HUB}:{MLFLOW_PORT}"
 BIN = Path(sys.executable).parent
 
 
@@ -85,6 +86,7 @@ class Network:
         self.token_file = folder / "token"
         self.token_file.write_text(secrets.token_hex(32))
         self.token_file.chmod(0o600)
+        self.runs, self.unshared = folder / "runs", folder / "unshared"
         self._started: list[subprocess.Popen] = []
 
     # --- links
@@ -124,8 +126,9 @@ class Network:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-        return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DIST_GSL_"))}
+        return {**kept, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(self.token_file)}  # fmt: skip
 
     def start(
         self, host: Host, arguments: Sequence[str | Path], *, log: str, environment: Mapping[str, str] | None = None
@@ -139,12 +142,18 @@ class Network:
         return process
 
     def start_node(self, host: Host) -> None:
-        """A Ray node with one CPU; one of them is the head."""
+        """A Ray node with one CPU; one of them is the head. Ray's own files and `unshared` are each host's own."""
+        own = self.folder / host.name[-4:]
+        own.mkdir(exist_ok=True)
+        self.unshared.mkdir(exist_ok=True)
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        mounts = 'mount --bind "$1" /tmp/ray && mount -t tmpfs -o size=64m tmpfs "$2" && shift 2 && exec "$@"'
         environment = {
             "GLOO_SOCKET_IFNAME": LINK,
             "RAY_health_check_period_ms": "1000",  # a node is taken for dead after five seconds without answer
             "RAY_health_check_timeout_ms": "1000",
-            "RAY_TMPDIR": "/tmp",
+            "DIST_GSL_RUNS": str(self.runs),
+            "DIST_GSL_DATA": str(self.folder / "data"),
         }
         ray: list[str | Path] = [BIN / "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={host.address}",
                "--num-cpus=1", "--num-gpus=0", f"--object-store-memory={200 * 2**20}"]  # fmt: skip
@@ -152,7 +161,20 @@ class Network:
             ray += ["--head", f"--port={RAY_PORT}", f"--dashboard-host={host.address}", f"--dashboard-port={JOBS_PORT}"]
         else:
             ray += [f"--address={HEAD}:{RAY_PORT}"]
-        self.start(host, ray, log=f"ray-{host.name[-4:]}.log", environment=environment)
+        self.start(
+            host, ["sh", "-c", mounts, "sh", own, self.unshared, *ray], log=f"ray-{host.name[-4:]}.log",
+            environment=environment,
+        )  # fmt: skip
+
+    def start_mlflow(self) -> None:
+        """The tracking server, on the hub."""
+        self.start(
+            self.hub,
+            [BIN / "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--host", HUB, "--port",
+             str(MLFLOW_PORT), "--workers", "1", "--artifacts-destination", str(self.folder / "artifacts")],
+            log="mlflow.log",
+            environment={"MLFLOW_SERVER_ALLOWED_HOSTS": f"{HUB}:{MLFLOW_PORT}", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )  # fmt: skip
 
     def run(self, arguments: Sequence[str | Path], *, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess[str]:
         """A command on the hub, to its end."""
@@ -164,7 +186,7 @@ class Network:
 
 @contextlib.contextmanager
 def network(folder: Path) -> Iterator[Network]:
-    """A hub and two hosts with a Ray node each, up and joined."""
+    """A hub and two hosts, with nothing running on them."""
     made = Network(folder)
     try:
         made.make()

@@ -62,6 +62,15 @@ def test_running_points_are_not_tried_twice() -> None:
     assert suggest(SPACE, searcher="optuna", seed=0, number=8, known=[*known, *running]) != alone
 
 
+def test_networks_without_use_attract_nobody() -> None:
+    """Small and at chance is never dominated; after the random points none of them is asked for again."""
+    useless = {"a": 0.1, "kind": "x"}
+    useful = {"a": 9.0, "kind": "y", "b": 2}
+    known = [Known(useless, (5.0, 1.0 + n)) for n in range(6)] + [Known(useful, (70.0, 60.0 - n)) for n in range(6)]
+    draws = [suggest(SPACE, searcher="optuna", seed=seed, number=12, known=known) for seed in range(20)]
+    assert statistics.median(draw["a"] for draw in draws if draw is not None) > 1.0
+
+
 def test_a_grid_is_walked_once() -> None:
     space: Space = {"n": Int(1, 3), "c": Choice([True, False])}
     points = [suggest(space, searcher="grid", seed=0, number=n, known=[]) for n in range(7)]

@@ -1,0 +1,257 @@
+"""Two Ray nodes on two hosts with a link between them: training across it, and what may happen to it on the way.
+
+Everything is as a user does it: `dist-gsl submit` from a third host, with token authentication, a tracking server, and a
+folder that all see.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_gsl.cli import main
+from dist_gsl.runs import RunFolder
+from tests.distributed.namespaces import BIN, HEAD, JOBS, MLFLOW, WORKER, Host, Network, network, until, why_not
+
+NOT_HERE = why_not()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # Ray's and MLflow's own
+    pytest.mark.skipif(NOT_HERE is not None, reason=str(NOT_HERE)),
+]
+
+EPOCHS = 5
+TRAIN = ["train", "digits", "--train.epochs", str(EPOCHS), "--penalty.beta.rest", "0.8", "--penalty.beta-schedule.start", "0",
+         "--penalty.beta-schedule.end", "3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    with network(tmp_path_factory.mktemp("net")) as made:
+        made.start_mlflow()
+        made.start_node(made.head)
+        until(lambda: alive_nodes(made) == 1, seconds=90, name="the head")
+        made.start_node(made.worker)
+        until(lambda: alive_nodes(made) == 2, seconds=60, name="the second node")
+        yield made
+
+
+def alive_nodes(net: Network) -> int:
+    code = f"from ray.util.state import list_nodes; print(sum(n.state == 'ALIVE' for n in list_nodes(address={JOBS!r})))"
+    done = net.run([BIN / "python", "-c", code])
+    return int(done.stdout.strip() or 0)
+
+
+def gsl(net: Network, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return net.run([BIN / "dist-gsl", *arguments], timeout=timeout, MLFLOW_TRACKING_URI=MLFLOW)
+
+
+@contextlib.contextmanager
+def submitted(net: Network, name: str, *options: str) -> Iterator[subprocess.Popen]:
+    """`dist-gsl submit` at work; it is ended if it did not end."""
+    process = net.start(
+        net.hub, [BIN / "dist-gsl", "submit", "--address", JOBS, *options, "--", *TRAIN, "--name", name], log=f"{name}.log",
+        environment={"MLFLOW_TRACKING_URI": MLFLOW},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def log(net: Network, name: str) -> str:
+    file = net.folder / f"{name}.log"
+    return file.read_text() if file.exists() else ""
+
+
+def has_trained(net: Network, name: str, epochs: int) -> bool:
+    """Are that many epochs in checkpoints?"""
+    last = RunFolder(net.runs / name).last_checkpoint()
+    return last is not None and int(last.parent.name.removeprefix("epoch-")) >= epochs
+
+
+def training_processes(host: Host) -> list[int]:
+    found = []
+    for pid in host.processes():
+        with contextlib.suppress(OSError):
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def check_whole(net: Network, name: str) -> None:
+    """The run has every epoch once, in its history, in its log and in one run of the tracking store."""
+    folder = RunFolder(net.runs / name)
+    assert folder.is_finished
+    assert (folder.path / "report.json").exists()
+    assert [row["epoch"] for row in folder.state()["history"]] == list(range(1, EPOCHS + 1))
+    code = (
+        "import json; from mlflow.tracking import MlflowClient; client = MlflowClient()\n"
+        "experiment = client.get_experiment_by_name('dist_gsl').experiment_id\n"
+        f"runs = [r for r in client.search_runs([experiment]) if r.info.run_name == {name!r}]\n"
+        "print(json.dumps([[r.info.status, [m.step for m in client.get_metric_history(r.info.run_id, 'epoch')]] for r in runs]))"
+    )
+    done = net.run([BIN / "python", "-c", code], MLFLOW_TRACKING_URI=MLFLOW)
+    assert json.loads(done.stdout.splitlines()[-1]) == [["FINISHED", list(range(1, EPOCHS + 1))]], done.stderr
+
+
+def test_training_crosses_the_link_and_gives_what_one_node_gives(
+    net: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = net.head.received_bytes(), net.worker.received_bytes()
+    done = gsl(net, "submit", "--address", JOBS, "--workers", "2", "--gpus-per-worker", "0", "--", *TRAIN, "--name", "across")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"dashboard: {JOBS}/#/jobs/across-" in done.stdout
+    assert f"across: epoch  {EPOCHS}/{EPOCHS}" in done.stdout
+    check_whole(net, "across")
+    across = RunFolder(net.runs / "across").state()
+    sent = across["position"]["step"] * 4 * sum(value.numel() for name, value in across["model"].items() if "running" not in name)
+    for host, earlier in zip((net.head, net.worker), before, strict=True):
+        assert host.received_bytes() - earlier > sent  # each sends its gradients to the other, of four bytes each
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main([*TRAIN, "--name", "one", "--data.dir", str(next((net.folder / "data").iterdir())), "--no-tracking"]) == 0
+    one = RunFolder(tmp_path / "runs" / "one").state()
+    assert one["position"] == across["position"]
+    for name, value in one["model"].items():
+        assert torch.equal(value, across["model"][name]), name
+
+
+def test_jobs_are_listed_and_their_output_is_kept(net: Network) -> None:
+    listed = gsl(net, "jobs", "list", "--address", JOBS)
+    assert listed.returncode == 0, listed.stderr
+    job_id = next(word for word in listed.stdout.split() if word.startswith("across-"))
+    assert "succeeded" in listed.stdout
+    logs = gsl(net, "jobs", "logs", job_id, "--address", JOBS)
+    assert f"across: epoch  {EPOCHS}/{EPOCHS}" in logs.stdout
+    missing = gsl(net, "jobs", "logs", "nothing", "--address", JOBS)
+    assert missing.returncode == 2
+    assert "has no job 'nothing'" in missing.stderr
+
+
+def kill_a_worker(net: Network, name: str) -> None:
+    os.kill(training_processes(net.worker)[0], signal.SIGKILL)
+
+
+def kill_a_node(net: Network, name: str) -> None:
+    net.worker.kill_all()
+    time.sleep(3)
+    net.start_node(net.worker)
+
+
+def cut_the_link(net: Network, name: str) -> None:
+    """For longer than the cluster waits for a node."""
+    net.cut(net.worker)
+    until(lambda: alive_nodes(net) == 1, seconds=120, name="the cluster gives the node up")
+    net.mend(net.worker)
+    net.worker.kill_all()  # what is left of it
+    net.start_node(net.worker)
+
+
+def kill_the_driver(net: Network, name: str) -> None:
+    """Whoever submitted the job submits it again."""
+    drivers = []
+    for pid in net.head.processes():
+        with contextlib.suppress(OSError):
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"dist_gsl.cli" in arguments and b"-m" in arguments:
+                drivers.append(pid)
+    for pid in drivers:
+        os.kill(pid, signal.SIGKILL)
+    assert drivers
+
+
+@pytest.mark.parametrize("happens", [kill_a_worker, kill_a_node, cut_the_link, kill_the_driver])
+def test_a_run_goes_on_after(happens: Callable[[Network, str], None], net: Network) -> None:
+    name = happens.__name__.replace("_", "-")
+    with submitted(net, name, "--retry", "1") as process:
+        until(lambda: has_trained(net, name, 2) or process.poll() is not None, seconds=240, name="two epochs")
+        assert process.poll() is None, log(net, name)
+        happens(net, name)
+        assert process.wait(timeout=400) == 0, log(net, name)
+    check_whole(net, name)
+    output = log(net, name)
+    assert ("failed; again in" in output) == (happens is kill_the_driver), output
+    until(lambda: alive_nodes(net) == 2, seconds=60, name="both nodes")
+
+
+def test_a_stopped_job_leaves_its_checkpoints_and_says_so_to_the_store(net: Network) -> None:
+    """Ctrl-C on the submitter: the job's driver is asked to end, and ends in order."""
+    with submitted(net, "stopped") as process:
+        until(lambda: has_trained(net, "stopped", 1) or process.poll() is not None, seconds=240, name="an epoch")
+        assert process.poll() is None, log(net, "stopped")
+        for pid in net.hub.processes():
+            with contextlib.suppress(OSError):
+                if b"submit" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGINT)
+        assert process.wait(timeout=200) == 130, log(net, "stopped")
+    output = log(net, "stopped")
+    assert "submit it with --no-wait" in output
+    assert "stopped after" in output
+    assert RunFolder(net.runs / "stopped").last_checkpoint() is not None
+    code = (
+        "from mlflow.tracking import MlflowClient; client = MlflowClient()\n"
+        "experiment = client.get_experiment_by_name('dist_gsl').experiment_id\n"
+        "print([r.info.status for r in client.search_runs([experiment]) if r.info.run_name == 'stopped'])"
+    )
+    done = net.run([BIN / "python", "-c", code], MLFLOW_TRACKING_URI=MLFLOW)
+    assert done.stdout.strip().splitlines()[-1] == "['KILLED']", done.stderr
+
+
+def test_what_cannot_be_had_is_refused_at_once(net: Network) -> None:
+    begin = time.monotonic()
+    done = gsl(net, "submit", "--address", JOBS, "--gpus-per-worker", "1", "--", *TRAIN, "--name", "no-gpus")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "2 workers need 2 GPUs, the cluster has 0" in done.stdout
+    assert not (net.runs / "no-gpus").exists()
+    assert time.monotonic() - begin < 120  # not a claim of speed: Ray itself would wait for ever
+
+    dead = gsl(net, "submit", "--address", f"http://{HEAD}:1", "--", *TRAIN)
+    assert dead.returncode == 2
+    assert f"no job server answers at http://{HEAD}:1" in dead.stderr
+    begin = time.monotonic()
+    silent = gsl(net, "submit", "--address", "http://10.77.0.99:8265", "--", *TRAIN)  # no such host on the bridge
+    assert silent.returncode == 2
+    assert "no job server answers" in silent.stderr
+    assert time.monotonic() - begin < 30
+
+
+def test_a_missing_or_wrong_token_is_named(net: Network, tmp_path: Path) -> None:
+    command = [BIN / "dist-gsl", "submit", "--address", JOBS, "--", *TRAIN]
+    without = net.run(command, RAY_AUTH_MODE="disabled")
+    assert without.returncode == 2
+    assert "asks for a token: export RAY_AUTH_MODE=token" in without.stderr
+    other = tmp_path / "token"
+    other.write_text("0" * 64)
+    wrong = net.run(command, RAY_AUTH_TOKEN_PATH=str(other))
+    assert wrong.returncode == 2
+    assert "does not take this token" in wrong.stderr
+
+
+def test_a_folder_that_a_node_does_not_see_is_found_at_the_start(net: Network) -> None:
+    train = [*TRAIN, "--data.dir", str(next((net.folder / "data").iterdir()))]
+    runs = gsl(net, "submit", "--address", JOBS, "--", *train, "--name", "unseen", "--runs", str(net.unshared / "runs"))
+    assert runs.returncode == 1, runs.stdout + runs.stderr
+    assert f"node {WORKER} does not see the run's folder {net.unshared}/runs/unseen: give --runs a path" in runs.stdout
+    assert "epoch  1" not in runs.stdout
+    data = gsl(net, "submit", "--address", JOBS, "--", *TRAIN, "--name", "unseen", "--data.dir", str(net.unshared / "data"))
+    assert data.returncode == 2, data.stdout + data.stderr
+    own = gsl(net, "submit", "--address", JOBS, "--", *TRAIN, "--data.seed", "1", "--name", "unseen")
+    assert own.returncode == 0, own.stdout + own.stderr
+
+
+def test_tokens_are_nowhere(net: Network) -> None:
+    """In no log, config or record of all that the tests above did."""
+    token = net.token_file.read_bytes()
+    for file in net.folder.rglob("*"):
+        if file.is_file() and file != net.token_file:
+            assert token not in file.read_bytes(), file
