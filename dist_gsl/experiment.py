@@ -127,6 +127,8 @@ def run(
         with Steps(console) as steps:
             launch.prepare(config, progress=steps)
         with launch.ray_cluster(config.workers) as resources:
+            if track:
+                tracking.check_owner(runs_dir, may_move=launch.is_job() and resources.num_nodes > 1)
             if baseline is not None and baseline_name is None:
                 _train_and_report(
                     plain, baseline, resources, recipe=recipe, command=command, console=console, baseline=None,

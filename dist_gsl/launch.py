@@ -42,6 +42,8 @@ class Resources:
     gpu: bool
     num_concurrent: int = 1
     """How many such runs fit the cluster at once."""
+    num_nodes: int = 1
+    """Machines of the cluster, those counted in that an autoscaler could start."""
 
 
 def settled(config: RunConfig) -> RunConfig:
@@ -125,7 +127,7 @@ def _resources(workers: WorkersConfig) -> Resources:
     if gpu and gpu_slots < workers.num:
         available = sum(node.get("GPU", 0) for node in nodes)
         raise ValueError(_too_many(workers, "GPU", workers.num, available, "the cluster"))
-    return Resources(workers.num, gpu, max(1, (gpu_slots if gpu else slots) // workers.num))
+    return Resources(workers.num, gpu, max(1, (gpu_slots if gpu else slots) // workers.num), len(nodes))
 
 
 def _nodes() -> list[Mapping[str, float]]:
@@ -149,6 +151,11 @@ MOST_NODES = 1000
 def cluster_address(workers: WorkersConfig) -> str | None:
     """The Ray cluster to connect to; None: a Ray of our own."""
     return workers.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def is_job() -> bool:
+    """Was this process started by a cluster's job server?"""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def check_machine(workers: WorkersConfig) -> None:

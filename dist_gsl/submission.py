@@ -14,10 +14,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import dist_gsl
@@ -79,7 +79,8 @@ class Cluster:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # its lines on uploads and websockets
+        for module in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+            logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # their lines on uploads and websockets
         if self.is_guarded and os.environ.get("RAY_AUTH_MODE") != "token":
             raise ValueError(
                 f"{self.address} asks for a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, "
@@ -153,9 +154,12 @@ class Cluster:
         while True:
             try:
                 self.job(job_id)
-                for text in _iterate(self._client.tail_job_logs(job_id), skip=written):
-                    write(text)
-                    written, lost_since = written + len(text), None
+                tail = _Tail(write, skip=written)
+                try:
+                    asyncio.run(tail.follow(self._client.tail_job_logs(job_id)))
+                finally:
+                    written += tail.written
+                    lost_since = None if tail.written else lost_since
                 if (job := self.job(job_id)).is_over:
                     return job
             except UnknownJobError as error:
@@ -184,40 +188,30 @@ def _job(details: JobDetails) -> Job:
     )  # fmt: skip
 
 
-def _iterate(source: AsyncIterator[str], *, skip: int) -> Iterator[str]:
-    """The texts of a source that begins anew, without its first `skip` characters."""
-    loop = asyncio.new_event_loop()
-    try:
-        while True:
-            text = loop.run_until_complete(anext(source, None))
-            if text is None:
-                return
-            if skip < len(text):
-                yield text[skip:]
-            skip = max(0, skip - len(text))
-    finally:
-        loop.run_until_complete(_close(source))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+class _Tail:
+    """Writes what a source has that begins anew each time, without the first `skip` characters."""
 
+    def __init__(self, write: Callable[[str], None], *, skip: int) -> None:
+        self.write, self.skip, self.written = write, skip, 0
 
-async def _close(source: Any) -> None:
-    async with aclosing(source):
-        pass
+    async def follow(self, source: AsyncIterator[str]) -> None:
+        async for text in source:
+            new = text[self.skip :]
+            self.skip = max(0, self.skip - len(text))
+            if new:
+                self.write(new)
+                self.written += len(new)
 
 
 def _server_address(address: str) -> str:
-    text = address.rstrip("/")
-    if "://" not in text and ":" in text:
-        text = f"http://{text}"
-    parts = urlsplit(text)
+    parts = urlsplit(address if "://" in address or ":" not in address else f"http://{address}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
             f"--address {masked(address)!r} is no job server; give that of the cluster's head, such as http://HEAD:8265"
         )
     if parts.username or parts.password:
         raise ValueError("--address: leave user and password out of it; Ray's own token comes from RAY_AUTH_TOKEN_PATH")
-    return text
+    return parts.geturl().rstrip("/")
 
 
 def _is_guarded(address: str) -> bool:

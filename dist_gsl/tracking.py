@@ -133,6 +133,45 @@ def masked(text: str) -> str:
     return text
 
 
+NETWORK_FILE_SYSTEMS = frozenset(
+    ["nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "ceph", "beegfs", "glusterfs", "afs", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs"]
+)
+
+
+def check_owner(runs_dir: str | Path, *, may_move: bool, mounts: str | None = None) -> None:
+    """`ValueError` where the store in use is a file that this process may not be the right one to write: one on another
+    machine's disk, or (`may_move`) of a driver that a cluster may start elsewhere next time.
+
+    mounts: what is mounted where, as in /proc/mounts; None reads that.
+    """
+    uri = tracking_uri(runs_dir)
+    if not uri.startswith("sqlite:"):
+        return
+    file = Path(uri.removeprefix("sqlite:///")).absolute()
+    kind = _file_system(file, Path("/proc/mounts").read_text() if mounts is None else mounts)
+    if kind in NETWORK_FILE_SYSTEMS:
+        why = f"lies on another machine's disk ({kind})"
+    elif may_move:
+        why = "is of one machine, and this job's driver may start on another next time"
+    else:
+        return
+    raise ValueError(
+        f"tracking: {file} {why}: start a server where it stays, `mlflow server --backend-store-uri {uri} --host ADDRESS` "
+        "(or cluster/mlflow-server.sh), and set MLFLOW_TRACKING_URI=http://ADDRESS:5000, or give --no-tracking"
+    )
+
+
+def _file_system(file: Path, mounts: str) -> str:
+    """The kind of file system that a file lies on, or would."""
+    best, kind = 0, ""
+    for line in mounts.splitlines():
+        _, point, this_kind, *_ = line.split()
+        point = point.replace("\\040", " ")
+        if file.is_relative_to(point) and len(point) >= best:  # the last one mounted there is the one that is seen
+            best, kind = len(point), this_kind
+    return kind
+
+
 def create_store(runs_dir: str | Path, *, experiment: str = EXPERIMENT) -> str:
     """Create the store in use and the experiment, once, before parallel runs use them; returns its URI.
 

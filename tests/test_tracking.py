@@ -387,3 +387,58 @@ def test_mlflow_is_imported_only_when_a_run_is_tracked() -> None:
         "assert 'mlflow' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- epochs, told by whoever comes to tell
+
+
+def test_an_epoch_is_in_the_store_once(runs_dir: Path) -> None:
+    """A worker that was replaced tells its last epoch again, and so does the driver that goes on with the run."""
+
+    def record(epoch: int, loss: float) -> dict[str, Any]:
+        return {"epoch": epoch, "train_loss": loss, "alive": {"conv1": 10 - epoch}}
+
+    tracker, run_id = started(runs_dir)
+    for epoch, loss in ((1, 3.0), (2, 2.0), (2, 2.5)):
+        tracker.epoch(record(epoch, loss))
+    resumed = MlflowTracker(runs_dir)
+    resumed.start("a", {}, run_id=run_id)
+    for epoch, loss in ((1, 9.0), (2, 9.0), (3, 1.0)):
+        resumed.epoch(record(epoch, loss))
+    resumed.summary({"final_top1": 5.0})
+    resumed.end()
+    for name, values in (("train_loss", [3.0, 2.0, 1.0]), ("alive/conv1", [9.0, 8.0, 7.0]), ("epoch", [1.0, 2.0, 3.0])):
+        history = client(runs_dir).get_metric_history(run_id, name)
+        assert [(m.step, m.value) for m in history] == list(enumerate(values, 1))
+    assert recorded(runs_dir, run_id).data.metrics["final_top1"] == 5.0
+
+
+# --- whose file is the store?
+
+MOUNTS = """\
+/dev/vda / ext4 rw 0 0
+server:/export /mnt/shared\\040runs nfs4 rw 0 0
+tmpfs /mnt/shared\\040runs/local tmpfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("runs", "may_move", "why"),
+    [
+        ("/home/me/runs", False, None),
+        ("/home/me/runs", True, "driver may start on another next time"),
+        ("/mnt/shared runs/mine", False, "another machine's disk \\(nfs4\\)"),
+        ("/mnt/shared runs/local/mine", False, None),
+        ("/mnt/shared runs2/mine", False, None),
+    ],
+)
+def test_a_database_file_belongs_to_one_machine(
+    runs: str, may_move: bool, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why is None:
+        tracking.check_owner(runs, may_move=may_move, mounts=MOUNTS)
+    else:
+        with pytest.raises(ValueError, match=f"{why}: start a server where it stays, `mlflow server --backend-store-uri"):
+            tracking.check_owner(runs, may_move=may_move, mounts=MOUNTS)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    tracking.check_owner(runs, may_move=may_move, mounts=MOUNTS)

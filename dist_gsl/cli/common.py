@@ -49,7 +49,9 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
 
 def check_runs(runs_dir: Path) -> None:
     """`ValueError` for a relative folder in a job: its working directory is a copy of the code, deleted when it ends."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not runs_dir.is_absolute():
+    from dist_gsl import launch
+
+    if launch.is_job() and not runs_dir.is_absolute():
         raise ValueError(
             f"--runs {runs_dir} would lie in the job's own copy of the code, which is deleted: give an absolute path that "
             "all nodes of the cluster see, or set DIST_GSL_RUNS in the cluster's environment"

@@ -66,6 +66,8 @@ def search(
         widths = {layer.name: layer.num_neurons for layer in neurons}
         spaces.check(space, base, layers=list(widths), num_draws=0)
         with folder.locked(), launch.ray_cluster(base.workers, dashboard=True) as resources:
+            if track:
+                tracking.check_owner(runs_dir, may_move=launch.is_job() and resources.num_nodes > 1)
             conductor = _Conductor(folder, settings, space, widths, runs_dir, command, console, track)
             conductor.begin()
             status = tracking.Status.FAILED

@@ -167,7 +167,7 @@ def test_hadolint_finds_nothing() -> None:
 
 def test_compose_files_are_of_the_specification() -> None:
     files = sorted(DOCKER.glob("compose*.yaml"))
-    command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", *files]
+    command = [str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     for file in files:

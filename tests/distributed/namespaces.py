@@ -137,6 +137,7 @@ class Network:
             process = subprocess.Popen(
                 host.command(arguments), stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=self.folder,
                 env={**self.environment, **(environment or {})},
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
             )  # fmt: skip
         self._started.append(process)
         return process

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 EPOCHS = 5
-TRAIN = ["train", "digits", "--train.epochs", str(EPOCHS), "--penalty.beta.rest", "0.8", "--penalty.beta-schedule.start", "0",
+TRAIN = ["train", "digits", "--train.epochs", str(EPOCHS), "--penalty.beta.rest", "1.8", "--penalty.beta-schedule.start", "0",
          "--penalty.beta-schedule.end", "3"]  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_had_is_refused_at_once(net: Network) -> None:
 
 
 def test_a_missing_or_wrong_token_is_named(net: Network, tmp_path: Path) -> None:
-    command = [BIN / "dist-gsl", "submit", "--address", JOBS, "--", *TRAIN]
+    command = [str(BIN / "dist-gsl"), "submit", "--address", JOBS, "--", *TRAIN]
     without = net.run(command, RAY_AUTH_MODE="disabled")
     assert without.returncode == 2
     assert "asks for a token: export RAY_AUTH_MODE=token" in without.stderr
