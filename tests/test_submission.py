@@ -108,7 +108,7 @@ def test_the_package_is_shipped_without_data_and_runs(tmp_path: Path, monkeypatc
         (["report", "runs/x"], "name what to run after `--`"),
         (["train"], "name a recipe after `train`"),
         (["train", "dec33"], "dec33"),
-        (["train", "digits", "--train.epoch", "3"], "did you mean --train.epochs"),
+        (["train", "digits", "--train.epoch", "3"], "did you mean train.epochs"),
         (["train", "digits", "--runs", "runs"], "--runs runs must be an absolute path"),
         (["tune", "nothing"], "no space is called 'nothing'"),
     ],

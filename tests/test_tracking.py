@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from dist_gsl import tracking
-from dist_gsl.tracking import MlflowTracker, NullTracker, Status, Tracker
+from dist_gsl.tracking import MlflowTracker, NullTracker, Status, Tracker, mlflow_tracker
+from dist_gsl.tracking import store as stores
 from tests.networks import tiny
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def no_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", *tracking._ENVIRONMENT):
+    for name in ("MLFLOW_TRACKING_URI", *mlflow_tracker._ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -295,7 +296,7 @@ def no_driver(_: Path) -> str:
 def test_store_that_cannot_be_reached_ends_nothing_and_is_quick(
     tmp_path: Path, store: Callable[[Path], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracking._failures()  # the import of MLflow, which takes seconds, is not what is timed
+    stores.failures()  # the import of MLflow, which takes seconds, is not what is timed
     tracker = MlflowTracker(tmp_path, uri=store(tmp_path), retry_after_s=0)
     began = time.perf_counter()
     everything(tracker, tmp_path)
@@ -345,7 +346,7 @@ def test_nothing_is_sent_soon_after_a_failure(tmp_path: Path, monkeypatch: pytes
         attempts.append(uri)
         raise OSError("away")
 
-    monkeypatch.setattr(tracking, "_probe_database", fail)
+    monkeypatch.setattr(mlflow_tracker, "probe_database", fail)
     tracker = MlflowTracker(tmp_path, retry_after_s=60)
     tracker.start("a", {})
     first = len(attempts)

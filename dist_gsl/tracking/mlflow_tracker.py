@@ -1,7 +1,7 @@
-"""Tracking of runs: MLflow, or nothing. The only module that imports mlflow, and only when a run is tracked.
+"""Records of runs in an MLflow store. The only module that imports mlflow, and only when a run is tracked.
 
-Whatever happens to the tracking store, training goes on: what could not be sent is kept and sent later, and the same
-records are in the run's folder.
+Whatever happens to the store, training goes on: what could not be sent is kept and sent later, and the same records are in
+the run's folder.
 """
 
 from __future__ import annotations
@@ -10,17 +10,25 @@ import copy
 import json
 import logging
 import os
-import re
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from enum import Enum
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+
+from dist_gsl.tracking.base import Status, Tracker, epoch_metrics
+from dist_gsl.tracking.store import (
+    artifact_root,
+    failures,
+    is_database,
+    lock,
+    masked,
+    probe_database,
+    probe_server,
+    reason,
+    tracking_uri,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +41,6 @@ RETRY_AFTER_S = 30.0
 """After a failure nothing is sent for this long, twice as long after each further one and 600 s at most, so that a dead
 server does not slow every epoch."""
 MAX_RETRY_AFTER_S = 600.0
-PROBE_TIMEOUT_S = 5.0
-"""Time in which a server's machine must accept a connection."""
 MAX_WAITING = 10_000
 """Records kept while the store cannot be reached; the oldest go first."""
 
@@ -50,126 +56,6 @@ _TABLES = "mlflow.loggedArtifacts"  # the tag by which the UI knows a table
 _MAX_PARAMS, _MAX_PARAM_LENGTH = 100, 6000  # of one MLflow request
 
 _log = logging.getLogger(__name__)
-
-
-class Status(Enum):
-    """How a run ended."""
-
-    FINISHED = "FINISHED"
-    FAILED = "FAILED"
-    KILLED = "KILLED"
-
-
-class Tracker:
-    """Where the records of one run go. This one is the null object: it takes everything and does nothing."""
-
-    run_id: str | None = None
-    """The store's name for the run, for checkpoints; None until the store has given one."""
-
-    def start(
-        self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, *, run_id: str | None = None
-    ) -> str | None:
-        """Begin a run, or go on with `run_id`; returns the run's id, None where there is none (yet).
-
-        params: the config, flat; logged only where the run is new, as parameters of a run cannot change.
-        """
-        return None
-
-    def metrics(self, values: Mapping[str, float | None], step: int) -> None:
-        """Numbers of one epoch; None is left out."""
-
-    def epoch(self, record: Mapping[str, Any]) -> None:
-        """The numbers of an epoch's record, once: an epoch that the store has is left as it is, whoever told of it."""
-
-    def summary(self, values: Mapping[str, float | None]) -> None:
-        """The final numbers, under the same names in every run, for the store's compare view; None is left out."""
-
-    def artifacts(self, paths: Path | Iterable[Path]) -> None:
-        """A folder (with all in it, under its name) or files. They are read now, or later where the store is away."""
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows of equal keys, shown as a table."""
-
-    def model(self, model: nn.Module, example: NDArray[np.float32], *, pip_requirements: Sequence[str]) -> None:
-        """The network as a program that loads without this project, at any batch size.
-
-        example: a batch of at least 2 inputs. `ValueError` for fewer. The model is left as it is.
-        """
-
-    def end(self, status: Status | str = Status.FINISHED) -> None:
-        """Close the run: "FINISHED", "FAILED" or "KILLED"."""
-
-
-class NullTracker(Tracker):
-    """Tracks nothing."""
-
-
-def epoch_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of an epoch's record, and the alive neurons of each layer as "alive/LAYER"."""
-    numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-    return {**numbers, **{f"alive/{layer}": count for layer, count in record["alive"].items()}}
-
-
-def tracking_uri(runs_dir: str | Path) -> str:
-    """The store in use: MLFLOW_TRACKING_URI, else the database `mlflow.db` in the folder of the runs (absolute)."""
-    given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    return given or f"sqlite:///{Path(runs_dir).absolute() / 'mlflow.db'}"
-
-
-def artifact_root(runs_dir: str | Path) -> Path:
-    """Where a store without a server keeps files (absolute)."""
-    return Path(runs_dir).absolute() / "mlartifacts"
-
-
-def masked(text: str) -> str:
-    """The text without the user and password of any URI in it, nor the values of MLflow's credential variables."""
-    text = re.sub(r"(?<=://)[^\s/?#]*@", "***@", text)
-    secrets = [os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("PASSWORD", "TOKEN")]
-    with suppress(ValueError):  # not a URI
-        secrets.append(urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).password)
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, "***")
-    return text
-
-
-NETWORK_FILE_SYSTEMS = frozenset(
-    ["nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "ceph", "beegfs", "glusterfs", "afs", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs"]
-)
-
-
-def check_owner(runs_dir: str | Path, *, may_move: bool, mounts: str | None = None) -> None:
-    """`ValueError` where the store in use is a file that this process may not be the right one to write: one on another
-    machine's disk, or (`may_move`) of a driver that a cluster may start elsewhere next time.
-
-    mounts: what is mounted where, as in /proc/mounts; None reads that.
-    """
-    uri = tracking_uri(runs_dir)
-    if not uri.startswith("sqlite:"):
-        return
-    file = Path(uri.removeprefix("sqlite:///")).absolute()
-    kind = _file_system(file, Path("/proc/mounts").read_text() if mounts is None else mounts)
-    if kind in NETWORK_FILE_SYSTEMS:
-        why = f"lies on another machine's disk ({kind})"
-    elif may_move:
-        why = "is of one machine, and this job's driver may start on another next time"
-    else:
-        return
-    raise ValueError(
-        f"tracking: {file} {why}: start a server where it stays, `mlflow server --backend-store-uri {uri} --host ADDRESS` "
-        "(or cluster/mlflow-server.sh), and set MLFLOW_TRACKING_URI=http://ADDRESS:5000, or give --no-tracking"
-    )
-
-
-def _file_system(file: Path, mounts: str) -> str:
-    """The kind of file system that a file lies on, or would."""
-    best, kind = 0, ""
-    for line in mounts.splitlines():
-        _, point, this_kind, *_ = line.split()
-        point = point.replace("\\040", " ")
-        if file.is_relative_to(point) and len(point) >= best:  # the last one mounted there is the one that is seen
-            best, kind = len(point), this_kind
-    return kind
 
 
 def create_store(runs_dir: str | Path, *, experiment: str = EXPERIMENT) -> str:
@@ -290,10 +176,10 @@ class MlflowTracker(Tracker):
                         on_cpu, name="model", input_example=example, pip_requirements=list(pip_requirements),
                         serialization_format="pt2",
                     )  # fmt: skip
-                except _failures():
+                except failures():
                     raise
                 except Exception as error:  # torch.export raises types of its own for what it cannot follow
-                    _log.warning("tracking: the model is left out, torch.export cannot follow it (%s)", _reason(error))
+                    _log.warning("tracking: the model is left out, torch.export cannot follow it (%s)", reason(error))
             client.update_run(run_id, status="RUNNING")  # leaving start_run ended it
 
         self._send("the model", log)
@@ -328,7 +214,7 @@ class MlflowTracker(Tracker):
                 return
             self._waiting.popleft()
             if error is not None:  # the store answers: it is this record that it does not take
-                _log.warning("tracking: %s does not take %s (%s)", masked(self.uri), what, _reason(error))
+                _log.warning("tracking: %s does not take %s (%s)", masked(self.uri), what, reason(error))
         if self._is_away:
             _log.warning("tracking: %s is reached again", masked(self.uri))
             self._is_away, self._num_failures = False, 0
@@ -349,11 +235,11 @@ class MlflowTracker(Tracker):
 
     def _try(self, action: Callable[[], Any]) -> Exception | None:
         """Does it; the error, where the store or the network fails."""
-        failures = _failures()  # imports mlflow, which sets up its loggers, before they are made quiet
+        expected = failures()  # imports mlflow, which sets up its loggers, before they are made quiet
         try:
             with _quiet():
                 action()
-        except failures as error:
+        except expected as error:
             return error
         return None
 
@@ -364,7 +250,7 @@ class MlflowTracker(Tracker):
         if not self._is_away:
             _log.warning(
                 "tracking: %s cannot be reached (%s); the run goes on and its records are sent later",
-                masked(self.uri), _reason(error),
+                masked(self.uri), reason(error),
             )  # fmt: skip
         self._is_away, self._connected = True, None
 
@@ -372,33 +258,24 @@ class MlflowTracker(Tracker):
         if self._connected is None:
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-            is_database = _is_database(self.uri)
-            if is_database:
-                _probe_database(self.uri)
+            in_database = is_database(self.uri)
+            if in_database:
+                probe_database(self.uri)
             else:
-                _probe_server(self.uri)
+                probe_server(self.uri)
             from mlflow import MlflowClient
 
-            with _lock(self._runs_dir / ".mlflow.lock" if is_database else None):
+            with lock(self._runs_dir / ".mlflow.lock" if in_database else None):
                 client = MlflowClient(self.uri)
-                self._connected = client, self._experiment_id(client, is_database)
+                self._connected = client, self._experiment_id(client, in_database)
         return self._connected
 
-    def _experiment_id(self, client: MlflowClient, is_database: bool) -> str:
+    def _experiment_id(self, client: MlflowClient, in_database: bool) -> str:
         found = client.get_experiment_by_name(self._experiment)
         if found is not None:
             return found.experiment_id
-        location = artifact_root(self._runs_dir).as_uri() if is_database else None  # a server has its own
+        location = artifact_root(self._runs_dir).as_uri() if in_database else None  # a server has its own
         return client.create_experiment(self._experiment, artifact_location=location)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what lies at the bottom: "Connection refused" under four layers of retries."""
-    bottom: BaseException | None = error
-    while bottom is not None:
-        error = bottom if isinstance(bottom, _failures()) else error
-        bottom = bottom.__cause__ or bottom.__context__
-    return masked((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _metrics_sender(values: Mapping[str, float | None], step: int) -> Callable[[MlflowClient, str], None]:
@@ -433,59 +310,6 @@ def _log_table(client: MlflowClient, run_id: str, columns: dict[str, list[Any]],
     entry = {"path": file, "type": "table"}
     if entry not in tables:
         client.set_tag(run_id, _TABLES, json.dumps([*tables, entry]))
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What a store or the way to it can raise. A fault of ours (TypeError, KeyError) is not among them."""
-    from alembic.util import CommandError
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-    from urllib3.exceptions import HTTPError
-
-    # ImportError: the database's driver is not installed.
-    return (MlflowException, RequestException, HTTPError, SQLAlchemyError, CommandError, OSError, ImportError)
-
-
-def _is_database(uri: str) -> bool:
-    return urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
-
-
-def _probe_database(uri: str) -> None:
-    """Raises at once where a database cannot be opened: MLflow itself would try ten times, for 100 seconds."""
-    import sqlalchemy
-
-    path = uri.removeprefix("sqlite:///")
-    if path != uri:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
-    try:
-        sqlalchemy.inspect(engine).get_table_names()
-    finally:
-        engine.dispose()
-
-
-def _probe_server(uri: str) -> None:
-    """Raises within seconds where a server's machine does not answer; through a proxy nothing is known beforehand."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname or getproxies():
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    socket.create_connection((parts.hostname, port), timeout=PROBE_TIMEOUT_S).close()
-
-
-@contextmanager
-def _lock(path: Path | None) -> Iterator[None]:
-    """Holds a file against the other processes of this machine; None: holds nothing."""
-    if path is None:
-        yield
-        return
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
