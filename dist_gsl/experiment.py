@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from dist_gsl import launch, plots, report, runs, tracking
+from dist_gsl import launch, plots, report, runs, storage, tracking
 from dist_gsl.config import RunConfig
 from dist_gsl.display import Display, Steps
 from dist_gsl.launch import Listener
 from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
+from dist_gsl.storage import StorageError
 from dist_gsl.tracking import Tracker
 
 BASELINE = "-baseline"
@@ -43,10 +44,16 @@ class _Recorder(Listener):
         self.folder.save_mlflow_run_id(self.tracker.run_id)  # the store may not have been there at the beginning
         self.log.append(record["epoch"], norms, masks)
         self.log.write(self.log_file)
+        try:
+            self.folder.push()
+        except StorageError as error:
+            self.display.warning(f"{error}; it is sent again after the next epoch")
 
 
 def is_begun(runs_dir: Path, name: str) -> bool:
     """Is there something that `resume` could go on with?"""
+    for each in (name, f"{name}{BASELINE}"):
+        RunFolder(runs_dir / each).pull()
     return any(RunFolder(runs_dir / each).config_file.exists() for each in (name, f"{name}{BASELINE}"))
 
 
@@ -55,6 +62,7 @@ def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) ->
     fine unless the schedule is cosine)."""
     runs.check_plain_name(name)
     folder = RunFolder(runs_dir.absolute() / name)
+    folder.pull()
     if folder.config_file.exists():
         if not resume:
             raise ValueError(f"run {name!r} exists in {runs_dir}: choose another --name, or go on with it by --resume")
@@ -112,6 +120,7 @@ def run(
     settled = launch.settled(config)
     plain = replace(settled, penalty=config.penalty.without())
     # What can be refused without work is refused before any; an error in a worker comes late and far away.
+    is_begun(runs_dir, name)  # brings the copies of a URI up to date
     baseline_exists = RunFolder(runs_dir / f"{name}{BASELINE}").config_file.exists()
     with_baseline = baseline_name is None and (with_baseline or (resume and baseline_exists))
     # Interrupted while the baseline trained, a run goes on although it has no folder of its own yet.
@@ -152,6 +161,7 @@ def _take_over(source: RunFolder, folder: RunFolder) -> None:
     if (source.path / NEURON_LOG).exists():
         shutil.copy(source.path / NEURON_LOG, temporary / NEURON_LOG)
     temporary.rename(folder.path)
+    storage.push(folder.path)
 
 
 def _train_and_report(
@@ -176,6 +186,7 @@ def _train_and_report(
         folder.name, config.flat() | config.effective(), {"recipe": recipe}, run_id=folder.mlflow_run_id()
     )
     folder.save_mlflow_run_id(tracker.run_id)
+    folder.push()
     status = tracking.Status.FAILED
     for record in [] if state is None else state["history"]:  # whoever trained it may not have come to tell
         tracker.epoch(record)
@@ -195,6 +206,8 @@ def _train_and_report(
     except BaseException:
         if is_new and folder.last_checkpoint() is None:  # nothing was learned: leave the name free
             shutil.rmtree(folder.path, ignore_errors=True)
+            if folder.remote is not None:
+                storage.remove(folder.remote)
         raise
     finally:
         tracker.end(status)
@@ -224,6 +237,7 @@ def report_run(
     history = trained.state["history"]
     baseline_history = None if baseline is None else baseline.state()["history"]
     files = plots.write_plots(folder.path, history=history, report=made, baseline_history=baseline_history)
+    folder.push()
     if tracker is not None:
         tracker.summary(runs.summary(made))
         tracker.artifacts(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_gsl import data
+from dist_gsl import data, storage
 from dist_gsl.config import RunConfig
 from dist_gsl.neurons import Neurons
 from dist_gsl.runs import CHECKPOINTS, RunFolder
@@ -49,7 +49,8 @@ class Resources:
 def settled(config: RunConfig) -> RunConfig:
     """The config with absolute paths: workers run in another directory."""
     init = config.train.init and str(Path(config.train.init).absolute())
-    directory = str(config.data.directory().absolute())
+    given = config.data.dir
+    directory = given if given is not None and storage.is_uri(given) else str(config.data.directory().absolute())
     return replace(config, train=replace(config.train, init=init), data=replace(config.data, dir=directory))
 
 
@@ -198,16 +199,16 @@ def train(
     # On this process's node: what takes the queue away takes this process too.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    file_system, place = (None, str(folder.path)) if folder.remote is None else storage.opened(folder.remote)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.to_dict(), "folder": str(folder.path), "events": events},
+        train_loop_config={"config": config.to_dict(), "folder": folder.remote or str(folder.path), "events": events},
         scaling_config=ray_train.ScalingConfig(
             num_workers=resources.num_workers, use_gpu=resources.gpu,
             resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if resources.gpu else {})},
         ),
         run_config=ray_train.RunConfig(
-            name=CHECKPOINTS,
-            storage_path=str(folder.path),
+            name=CHECKPOINTS, storage_path=place, storage_filesystem=file_system,
             # The two best by validation, and always the last.
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="score"),
             failure_config=ray_train.FailureConfig(max_failures=config.workers.max_failures, controller_failure_limit=0),

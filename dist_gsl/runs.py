@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_gsl import artifact, compaction, data, timing
+from dist_gsl import artifact, compaction, data, storage, timing
 from dist_gsl.config import RunConfig
 from dist_gsl.measures import measure
 from dist_gsl.neurons import Neurons
@@ -47,6 +47,7 @@ class RunFolder:
     def existing(cls, path: str | Path) -> RunFolder:
         """`ValueError` unless it is a run's folder."""
         folder = cls(Path(path).absolute())
+        folder.pull()
         if not folder.config_file.is_file():
             raise ValueError(f"{path} is not a run's folder: it has no config.yaml; name one such as runs/NAME")
         return folder
@@ -54,6 +55,19 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def remote(self) -> str | None:
+        """The URI of which this folder is a copy; None for one that is where it belongs."""
+        return storage.remote_of(self.path)
+
+    def pull(self) -> None:
+        """Brings a copy up to date; checkpoints are fetched when one is asked for."""
+        storage.pull(self.path, without=CHECKPOINTS)
+
+    def push(self) -> None:
+        """Sends what has changed in a copy; checkpoints go there by themselves."""
+        storage.push(self.path, without=CHECKPOINTS)
 
     @property
     def config_file(self) -> Path:
@@ -81,11 +95,19 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         """The last one that was written whole: Ray Train lists a checkpoint when its files are there, and resumes by
         that list."""
-        snapshot = self.path / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+        snapshot, remote = self.path / CHECKPOINTS / "checkpoint_manager_snapshot.json", self.remote
+        if remote is not None and (text := storage.read(storage.join(remote, CHECKPOINTS, snapshot.name))) is not None:
+            snapshot.parent.mkdir(parents=True, exist_ok=True)
+            snapshot.write_bytes(text)
         if not snapshot.exists():
             return None
         latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-        return None if latest is None else snapshot.parent / latest["checkpoint_dir_name"] / checkpoint.FILE
+        if latest is None:
+            return None
+        file = snapshot.parent / latest["checkpoint_dir_name"] / checkpoint.FILE
+        if remote is not None and not file.exists():
+            storage.download(storage.join(remote, CHECKPOINTS, file.parent.name, file.name), file)
+        return file
 
     def state(self) -> dict[str, Any]:
         """The last checkpoint. `ValueError` if there is none yet."""
@@ -117,7 +139,7 @@ class Trained:
     @classmethod
     def load(cls, folder: RunFolder) -> Trained:
         config, state = folder.config, folder.state()
-        data_dir = config.data.directory().absolute()
+        data_dir = data.prepare(config.data).absolute()
         info = data.dataset_info(data_dir)
         shapes = session.shapes_of(config, info)
         model, neurons = build_network(state["network"], image_shape=shapes.image, state=state)

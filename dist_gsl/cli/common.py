@@ -8,12 +8,15 @@ import io
 import itertools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from rich.console import Console
 
+from dist_gsl import storage
 from dist_gsl.config import RunConfig
+from dist_gsl.storage import StorageError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -42,9 +45,21 @@ def add_run_options(parser: argparse.ArgumentParser, *, kind: str, default: str)
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--runs", type=Path, default=Path(os.environ.get("DIST_GSL_RUNS", "runs")),
-        help="folder of the runs (DIST_GSL_RUNS, or else ./runs); on a cluster one that all nodes see",
+        "--runs", type=folder_of(storage.local_folder), default=os.environ.get("DIST_GSL_RUNS", "runs"),
+        help="folder of the runs, or its URI (DIST_GSL_RUNS, or else ./runs); on a cluster one that all nodes see",
     )  # fmt: skip
+
+
+def folder_of(find: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The type of an argument that is a path or a URI; its errors in argparse's words."""
+
+    def parse(text: str) -> Path:
+        try:
+            return find(text)
+        except StorageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
 
 
 def check_runs(runs_dir: Path) -> None:
@@ -91,10 +106,12 @@ def with_overrides(command: str, config: RunConfig, arguments: list[str]) -> Run
 def dry_run(name: str, config: RunConfig, console: Console, *, command: str = "train") -> int:
     """Prints a config's layers and checks that its workers can be had, without data."""
     from dist_gsl import data, launch
+    from dist_gsl.data.staging import staged_folder
     from dist_gsl.recipes import RECIPES
     from dist_gsl.training import session
 
-    directory = config.data.directory()
+    given = config.data.dir
+    directory = staged_folder(given) if given is not None and storage.is_uri(given) else config.data.directory()
     if (directory / "dataset.json").exists():
         shapes = session.shapes_of(config, data.dataset_info(directory))
     elif recipe := RECIPES.get(name) or next(

@@ -9,26 +9,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dist_gsl.cli.common import Commands, add_runs
+from dist_gsl import storage
+from dist_gsl.cli.common import Commands, add_runs, folder_of
 
 
 def add(commands: Commands) -> None:
     compact = commands.add_parser("compact", help="remove a run's dead neurons and write RUN_DIR/compact/")
-    compact.add_argument("run_dir", type=Path)
+    compact.add_argument("run_dir", type=folder_of(storage.local_run), metavar="RUN_DIR", help="a run's folder, or its URI")
     compact.set_defaults(run=_compact)
     report = commands.add_parser("report", help="the table, report.json and plots of runs")
-    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, or a search's")
+    report.add_argument(
+        "run_dirs", type=folder_of(storage.local_run), nargs="+", metavar="RUN_DIR", help="a run's folder or its URI, or a search's folder"
+    )
     report.add_argument("--baseline-run", metavar="NAME", help="the baseline's name (the run's own, NAME-baseline)")
     report.add_argument(
         "--final", action="store_true", help="read the test split, once you have chosen; else validation"
     )
     report.set_defaults(run=_report)
     evaluate = commands.add_parser("evaluate", help="classify your own images with a run's compact network")
-    evaluate.add_argument("run_dir", type=Path)
+    evaluate.add_argument("run_dir", type=folder_of(storage.local_run), metavar="RUN_DIR", help="a run's folder, or its URI")
     evaluate.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     evaluate.set_defaults(run=_evaluate)
     bench = commands.add_parser("bench", help="run time and memory, full against compact")
-    bench.add_argument("run_dir", type=Path)
+    bench.add_argument("run_dir", type=folder_of(storage.local_run), metavar="RUN_DIR", help="a run's folder, or its URI")
     bench.set_defaults(run=_bench)
     ui = commands.add_parser("ui", help="open the MLflow UI on the store in use")
     add_runs(ui)
@@ -43,6 +46,7 @@ def _compact(options: argparse.Namespace, console: Console) -> int:
     compacted, difference = runs.compact_run(
         runs.Trained.load(folder), say=lambda text: console.print(text, highlight=False)
     )
+    folder.push()
     left = sum(p.numel() for p in compacted.model.parameters())
     console.print(
         f"{folder.compact_dir}: {left:,} parameters; outputs differ by at most {difference:.3g} "

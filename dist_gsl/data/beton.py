@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_gsl.data.checking import check, read_layout, sha256_of
-from dist_gsl.data.config import DataConfig
 from dist_gsl.data.info import DESCRIPTION, FORMAT_VERSION, DataError, DatasetInfo, SplitInfo, dataset_info
 from dist_gsl.data.sources import ImageKind, Samples, Source, Task, open_source
 
@@ -98,7 +97,7 @@ def write(
     encoding = _Encoding(max_side=max_side, jpeg_quality=jpeg_quality, jpeg_share=jpeg_share, seed=seed)
     report = progress if progress is not None else _no_progress
     try:
-        with _locked(directory):
+        with locked(directory):
             # Whoever held the lock may have written the very same.
             if not _is_current(directory, settings):
                 _write_splits(directory, opened, settings, encoding=encoding, num_workers=num_workers, progress=report)
@@ -110,22 +109,8 @@ def write(
     return paths
 
 
-def prepare(config: DataConfig, *, progress: Progress | None = None) -> Path:
-    """The folder with the files of `config`, which are written first where `config.dir` leaves that to us.
-
-    Raises:
-        ValueError: the source cannot be opened or read.
-        DataError: `config.dir` names a folder without a data set.
-    """
-    directory = config.directory()
-    if config.dir is None:
-        write(config.source, directory, seed=config.seed, counts=config.counts(), progress=progress)
-    dataset_info(directory)
-    return directory
-
-
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Hold the folder against other processes that write to it, and clear away what a killed one has left."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

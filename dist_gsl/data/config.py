@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from dist_gsl.storage import is_uri
+
 
 class Augment(Enum):
     """What is done at random to an image of the training split."""
@@ -27,7 +29,7 @@ class DataConfig:
     source: str = "chars"
     """Where the images come from: chars, digits, rotated-digits, or imagefolder:PATH."""
     dir: str | None = None
-    """Folder with the written .beton files. None: written on first use to SOURCE-HASH in DIST_GSL_DATA, or else in ./data."""
+    """Folder with the written .beton files, or its URI (s3://...), from which each node copies them once. None: written on first use to SOURCE-HASH in DIST_GSL_DATA, or else in ./data."""
     seed: int = 0
     """Seed of the data set itself, for sources that render or draw it."""
     num_train: int | None = None
@@ -49,7 +51,12 @@ class DataConfig:
         return {split: count for split, count in given.items() if count is not None}
 
     def directory(self) -> Path:
-        """The folder of the files: `dir`, or one whose name follows from the settings that the files follow from."""
+        """The folder of the files: `dir`, or one whose name follows from the settings that the files follow from.
+
+        `ValueError` where `dir` is a URI, whose copy on this machine `prepare` makes.
+        """
+        if self.dir is not None and is_uri(self.dir):
+            raise ValueError(f"data.dir {self.dir} is a URI and no folder")
         if self.dir is not None:
             return Path(self.dir)
         return Path(os.environ.get("DIST_GSL_DATA", "data")) / folder_name(self.source, seed=self.seed, counts=self.counts())

@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from dist_gsl.storage import remote_of
+
 PROBE_TIMEOUT_S = 5.0
 """Time in which a server's machine must accept a connection."""
 
@@ -53,8 +55,11 @@ def check_owner(runs_dir: str | Path, *, may_move: bool, mounts: str | None = No
     if not uri.startswith("sqlite:"):
         return
     file = Path(uri.removeprefix("sqlite:///")).absolute()
+    remote = remote_of(Path(runs_dir).absolute())
     kind = _file_system(file, Path("/proc/mounts").read_text() if mounts is None else mounts)
-    if kind in NETWORK_FILE_SYSTEMS:
+    if remote is not None and file.is_relative_to(Path(runs_dir).absolute()):
+        why = f"would lie in this machine's copy of {remote}"
+    elif kind in NETWORK_FILE_SYSTEMS:
         why = f"lies on another machine's disk ({kind})"
     elif may_move:
         why = "is of one machine, and this job's driver may start on another next time"

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import dist_gsl
+from dist_gsl import data, storage
 from dist_gsl.config import RunConfig
-from dist_gsl.data.info import DESCRIPTION
 from dist_gsl.training import checkpoint, session
 from dist_gsl.training.loop import DivergedError, Progress
 from dist_gsl.training.state import RunState
@@ -24,7 +24,7 @@ from dist_gsl.training.state import RunState
 def train_worker(job: dict[str, Any]) -> None:
     """Trains, reports every epoch with a checkpoint, and goes on from Ray Train's last checkpoint if there is one.
 
-    job: "config" (RunConfig as dict, its data.dir absolute), "folder" (the run's), and "events", a queue to the driver that gets
+    job: "config" (RunConfig as dict, its data.dir absolute), "folder" (the run's, a path or a URI), and "events", a queue to the driver that gets
     ("progress", Progress), ("epoch", record, norms, masks), ("warning", text) and ("failed", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
@@ -36,7 +36,7 @@ def train_worker(job: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     if is_first:
         _send_warnings(events)
-    if (problem := _first_problem(_unseen(Path(job["folder"]), config.data.directory()))) is not None:
+    if (problem := _first_problem(_unseen(job["folder"], config.data, rank=context.get_world_rank()))) is not None:
         if is_first:
             events.put_nowait(("failed", problem))
         return
@@ -70,7 +70,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     try:
         session.run(
-            config, data_dir=config.data.directory(), device=device, state=state,
+            config, data_dir=data.prepare(config.data), device=device, state=state,
             on_epoch=on_epoch, on_progress=on_progress,
         )  # fmt: skip
     except DivergedError as error:  # all workers alike; Ray would only try it again
@@ -78,24 +78,39 @@ def train_worker(job: dict[str, Any]) -> None:
             events.put_nowait(("failed", str(error)))
 
 
-def _unseen(folder: Path, data_dir: Path) -> str | None:
+def _unseen(folder: str, data_config: data.DataConfig, *, rank: int) -> str | None:
     """What this worker's node does not see of what every worker needs, any of which may be the first after a failure.
 
     Without this a run would fail at its first checkpoint, an epoch late.
     """
     node = ray.util.get_node_ip_address()
+    if storage.is_uri(folder):
+        try:
+            if storage.read(storage.join(folder, "config.yaml")) is None:
+                return f"node {node} does not see the run's folder {folder}: do its credentials name the same storage?"
+            storage.check_writable(folder, f".probe-{rank}")
+        except storage.StorageError as error:
+            return f"node {node}: {error}"
+    elif (problem := _unseen_path(Path(folder), node)) is not None:
+        return problem
+    try:
+        data.prepare(data_config)  # copies them to this node where they have a URI
+    except ValueError as error:
+        return f"node {node}: {error}; give --data.dir a path that all nodes share, or a URI"
+    return None
+
+
+def _unseen_path(folder: Path, node: str) -> str | None:
     if not (folder / "config.yaml").is_file():
         return (
             f"node {node} does not see the run's folder {folder}: give --runs a path that all nodes share, such as one "
-            "on NFS, and set it as DIST_GSL_RUNS for the cluster"
+            "on NFS, or a URI such as s3://BUCKET/runs, and set it as DIST_GSL_RUNS for the cluster"
         )
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         return f"node {node} cannot write to the run's folder {folder} ({error.strerror}): give its user the right to"
-    if not (data_dir / DESCRIPTION).is_file():
-        return f"node {node} does not see the data in {data_dir}: write them to a path that all nodes share (--data.dir)"
     return None
 
 

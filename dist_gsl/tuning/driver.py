@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dist_gsl import launch, tracking
+from dist_gsl import launch, storage, tracking
 from dist_gsl.config import RunConfig
 from dist_gsl.display import SearchDisplay, Steps
 from dist_gsl.runs import NEURON_LOG, check_plain_name
@@ -49,6 +49,11 @@ def search(
     `ValueError` for what the user gave, before anything is started or written.
     """
     check_plain_name(name)
+    if (uri := storage.remote_of(runs_dir.absolute())) is not None:
+        raise ValueError(
+            f"tune: the records of a search need a folder that all nodes share, and {uri} is a URI: give --runs a path, such "
+            "as one on NFS"
+        )
     folder = SearchFolder(runs_dir.absolute() / name)
     spaces.check(space, settings.base)
     if max_concurrent is not None and max_concurrent < 1:

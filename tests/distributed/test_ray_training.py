@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import dist_gsl
-from dist_gsl import runs
+from dist_gsl import runs, storage
 from dist_gsl.cli import main
+from tests.object_store import KEYS, s3
 
 pytestmark = [
     pytest.mark.slow,
@@ -174,6 +175,35 @@ def test_resume_ends_where_the_uninterrupted_run_ends(directory: Path) -> None:
         assert torch.equal(tensor, cut["model"][name]), name
     assert [row["val_loss"] for row in whole["history"]] == [row["val_loss"] for row in cut["history"]]
     assert [row["alive"] for row in whole["history"]] == [row["alive"] for row in cut["history"]]
+
+
+def test_runs_and_data_by_uri(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has nothing but two addresses, the run is the one that lies in folders, bit for bit; and so is its
+    report on a third machine."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    first = runs.RunFolder(directory / "runs" / "first")
+    with s3() as root:
+        betons, place = storage.join(root, "data"), storage.join(root, "runs")
+        for file in Path(first.config.data.dir or "").glob("*.*"):
+            storage.upload(file, storage.join(betons, file.name))
+        monkeypatch.setenv("DIST_GSL_SCRATCH", str(tmp_path / "scratch"))
+        monkeypatch.setenv("DIST_GSL_STAGING", str(tmp_path / "staging"))
+        train = ["train", "digits", "--name", "remote", "--runs", place, "--data.dir", betons, "--no-tracking", *SMALL]
+        assert main(train) == 0
+        assert not (directory / "runs" / "remote").exists()
+
+        monkeypatch.setenv("DIST_GSL_SCRATCH", str(tmp_path / "scratch of another machine"))
+        monkeypatch.setenv("DIST_GSL_STAGING", str(tmp_path / "staging of another machine"))
+        assert main(["report", storage.join(place, "remote")]) == 0
+        remote = runs.RunFolder(storage.local_run(storage.join(place, "remote")))
+        assert remote.is_finished
+        state, other = first.state(), remote.state()
+        assert json.loads((remote.path / "report.json").read_text())["layers"]
+        assert (remote.path / "compact" / "weights.safetensors").exists()
+        assert main(train) == 2  # the name is in use, there
+    for name, tensor in state["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
 
 
 def test_interrupted_in_the_baseline_and_resumed(directory: Path) -> None:

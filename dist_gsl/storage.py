@@ -1,0 +1,222 @@
+"""Storage by URI (S3, GCS, HDFS, whatever pyarrow opens) for what all nodes of a cluster need.
+
+A folder on such storage is worked on in a copy on this machine's disk: `local_folder` names the copy, `pull` brings it up to
+date, `push` sends what has changed. For a folder that is a path to begin with, both do nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo, FileSystem
+
+MARK = ".uri"
+"""File in a copy with the URI of what it is a copy of."""
+BLOCK = 1 << 22
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""Where a file appears whole or not at all, without a temporary name."""
+
+
+class StorageError(ValueError):
+    """The address or what lies there is not what it should be. One line: what, and what to do."""
+
+
+def is_uri(text: str) -> bool:
+    return "://" in text
+
+
+def opened(uri: str) -> tuple[FileSystem, str]:
+    """(file system, path in it). `StorageError` for an address that no file system takes, or one that holds keys."""
+    from pyarrow.fs import FileSystem
+
+    parts = urlsplit(uri)
+    if parts.username or parts.password:
+        raise StorageError(
+            f"{parts.scheme}://...: leave keys out of the address, which is written into configs and logs; they come from the "
+            "environment of the nodes (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, a role)"
+        )
+    try:
+        system, path = FileSystem.from_uri(uri)
+        if not path.strip("/"):
+            raise ValueError("it names no folder")
+        return system, path
+    except (ValueError, OSError, TypeError) as error:  # pyarrow's own are of these kinds
+        raise StorageError(f"{uri} cannot be opened: {_first_line(error)}") from error
+
+
+def join(uri: str, *names: str) -> str:
+    """The address of what lies under another; options after the question mark stay where they are."""
+    head, mark, options = uri.partition("?")
+    return "/".join([head.rstrip("/"), *names]) + mark + options
+
+
+def read(uri: str) -> bytes | None:
+    """A small file's content; None where there is none."""
+    from pyarrow.fs import FileType
+
+    system, path = opened(uri)
+    try:
+        if system.get_file_info(path).type is not FileType.File:
+            return None
+        with system.open_input_stream(path) as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be read: {_first_line(error)}") from error
+
+
+def download(uri: str, target: Path, *, sha256: str | None = None, progress: Callable[[int], None] = lambda done: None) -> None:
+    """Copies a file here, under a temporary name until it is whole.
+
+    `StorageError` where it cannot be read or, given a checksum, is not the file that it should be.
+    """
+    system, path = opened(uri)
+    temporary, digest, done = target.with_name(f".{target.name}.part"), hashlib.sha256(), 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with system.open_input_stream(path) as stream, temporary.open("wb") as file:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                file.write(block)
+                done += len(block)
+                progress(done)
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise StorageError(f"{uri} is damaged or another file: its checksum is not the one in its description; copy it there again")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be copied to {target}: {_first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def upload(source: Path, uri: str) -> None:
+    """Copies a file there, so that it appears whole or not at all. `StorageError` where that fails."""
+    system, path = opened(uri)
+    direct = system.type_name in OBJECT_STORES
+    temporary = path if direct else str(PurePosixPath(path).with_name(f".{PurePosixPath(path).name}.part"))
+    try:
+        if not direct:
+            system.create_dir(str(PurePosixPath(path).parent))
+        with source.open("rb") as file, system.open_output_stream(temporary) as stream:
+            while block := file.read(BLOCK):
+                stream.write(block)
+        if not direct:
+            system.move(temporary, path)
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be written: {_first_line(error)}") from error
+
+
+def remove(uri: str) -> None:
+    """Deletes a folder and what is in it, if it is there."""
+    from pyarrow.fs import FileType
+
+    system, path = opened(uri)
+    if system.get_file_info(path).type is FileType.Directory:
+        system.delete_dir(path)
+
+
+def check_writable(uri: str, name: str) -> None:
+    """`StorageError` unless a file of that name can be written under the address, and deleted again."""
+    system, path = opened(join(uri, name))
+    try:
+        with system.open_output_stream(path) as stream:
+            stream.write(b"")
+        system.delete_file(path)
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be written to: {_first_line(error)}") from error
+
+
+# --- folders with a copy here
+
+
+def local_folder(text: str) -> Path:
+    """The folder itself for a path; for a URI the folder of its copy, in DIST_GSL_SCRATCH or else ~/.cache/dist_gsl."""
+    if not is_uri(text):
+        return Path(text)
+    opened(text)
+    uri = text.rstrip("/")
+    root = Path(os.environ.get("DIST_GSL_SCRATCH") or Path.home() / ".cache" / "dist_gsl")
+    folder = root / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(uri)
+    return folder
+
+
+def local_run(text: str) -> Path:
+    """A run's folder by path or URI, brought up to date."""
+    if not is_uri(text):
+        return Path(text)
+    head, mark, options = text.partition("?")
+    parent, _, name = head.rstrip("/").rpartition("/")
+    folder = local_folder(parent + mark + options) / name
+    pull(folder)
+    return folder
+
+
+def remote_of(folder: Path) -> str | None:
+    """The URI of which a folder is a copy, or a part of one; None for a folder that is nobody's copy."""
+    for above in (folder, *folder.absolute().parents[:3]):
+        mark = above / MARK
+        if mark.is_file():
+            return join(mark.read_text(), *folder.absolute().relative_to(above.absolute()).parts)
+    return None
+
+
+def pull(folder: Path, *, without: str | None = None) -> None:
+    """Brings a copy up to date, but for the subfolder `without`. What is newer here stays as it is."""
+    uri = remote_of(folder)
+    if uri is None:
+        return
+    for info, name in _remote_files(uri):
+        target = folder / name
+        if without is not None and name.startswith(f"{without}/"):
+            continue
+        if target.exists() and target.stat().st_mtime > info.mtime.timestamp():
+            continue
+        if not target.exists() or target.stat().st_size != info.size or target.stat().st_mtime < info.mtime.timestamp():
+            download(join(uri, name), target)
+            os.utime(target, (info.mtime.timestamp(),) * 2)
+
+
+def push(folder: Path, *, without: str | None = None) -> None:
+    """Sends the files of a copy that have changed since they were sent last, but for the subfolder `without`."""
+    uri = remote_of(folder)
+    if uri is None:
+        return
+    record = folder / ".pushed.json"
+    known: dict[str, list[int]] = json.loads(record.read_text()) if record.exists() else {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_file() or file.name.startswith(".") or (without is not None and name.startswith(f"{without}/")):
+            continue
+        state = [file.stat().st_mtime_ns, file.stat().st_size]
+        if known.get(name) != state:
+            upload(file, join(uri, name))
+            known[name] = state
+            record.write_text(json.dumps(known))
+
+
+def _remote_files(uri: str) -> Iterator[tuple[FileInfo, str]]:
+    """(info, path below the address) of every file there; none where there is no such folder."""
+    from pyarrow.fs import FileSelector, FileType
+
+    system, path = opened(uri)
+    try:
+        infos = system.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be listed: {_first_line(error)}") from error
+    for info in infos:
+        if info.type is FileType.File:
+            name = PurePosixPath(info.path).relative_to(path).as_posix()
+            if not PurePosixPath(name).name.startswith("."):
+                yield info, name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
