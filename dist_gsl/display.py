@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
     from dist_gsl.tuning.records import TrialRecord
 
 
-class Display(Listener):
-    """Shows a training: one bar for its steps on a terminal, one line an epoch everywhere."""
+LINE_EVERY_S = 30.0
+"""Where there is no bar, a job's log say, an epoch that takes longer than this tells of its steps."""
 
-    def __init__(self, console: Console, *, title: str, num_epochs: int) -> None:
-        self.console, self.title, self.num_epochs = console, title, num_epochs
+
+class Display(Listener):
+    """Shows a training: one line an epoch everywhere, and for its steps a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, console: Console, *, title: str, num_epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.title, self.num_epochs, self.clock = console, title, num_epochs, clock
+        self._told_at = clock()
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         if console.is_terminal:
@@ -47,8 +53,15 @@ class Display(Listener):
                 completed=epoch * num_steps + step,
                 detail=f"epoch {epoch + 1}  loss {loss:.3f}  {images_per_second:,.0f} images/s",
             )
+        elif self.clock() - self._told_at >= LINE_EVERY_S:
+            self._told_at = self.clock()
+            self.console.print(
+                f"{self.title}: epoch {epoch + 1:>2}/{self.num_epochs}  step {step:,}/{num_steps:,}  loss {loss:.3f}"
+                f"  {images_per_second:,.0f} images/s", highlight=False,
+            )  # fmt: skip
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
+        self._told_at = self.clock()
         self.console.print(
             f"{self.title}: epoch {record['epoch']:>2}/{self.num_epochs}  loss {record['train_loss']:.3f}  validation {_quality(record)}"
             f"  neurons removed {record['all_neurons']:.1f} %  {record['images_per_second']:,.0f} images/s",
