@@ -18,7 +18,7 @@ from dist_gsl.display import Display, Steps
 from dist_gsl.launch import Listener
 from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
-from dist_gsl.storage import StorageError
+from dist_gsl.storage import StorageAwayError
 from dist_gsl.tracking import Tracker
 
 BASELINE = "-baseline"
@@ -46,7 +46,7 @@ class _Recorder(Listener):
         self.log.write(self.log_file)
         try:
             self.folder.push()
-        except StorageError as error:
+        except StorageAwayError as error:
             self.display.warning(f"{error}; it is sent again after the next epoch")
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,19 +134,30 @@ def _resources(workers: WorkersConfig) -> Resources:
 def _nodes() -> list[Mapping[str, float]]:
     """What each node has, and each that an autoscaler could start."""
     import ray
-    from ray._private.state import state  # what Ray's own libraries ask; there is no public way
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    config: Any = state.get_cluster_config()
-    for group in [] if config is None else config.node_group_configs:
-        most = MOST_NODES if group.max_count < 0 else group.max_count  # without a limit
-        running = sum(all(node.get(key, 0) >= value for key, value in group.resources.items()) for node in nodes)
-        nodes += [dict(group.resources)] * max(0, min(most, MOST_NODES) - running)
-    return nodes
+    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return nodes + autoscaled(nodes, os.environ.get("DIST_GSL_AUTOSCALES", ""))
 
 
-MOST_NODES = 1000
-"""Of one kind, as far as counting goes."""
+def autoscaled(nodes: Sequence[Mapping[str, float]], text: str) -> list[Mapping[str, float]]:
+    """Nodes that could be started besides those that run. Ray tells nobody what its autoscaler may start, so whoever sets the
+    cluster up says it: "4xCPU:8,GPU:1;2xCPU:96,GPU:8" is up to four nodes of one kind and two of another.
+
+    `ValueError` for another text.
+    """
+    possible: list[Mapping[str, float]] = []
+    for group in filter(None, (each.strip() for each in text.split(";"))):
+        matched = re.fullmatch(r"(\d+)x(\w+:[\d.]+(?:,\w+:[\d.]+)*)", group)
+        if matched is None:
+            raise ValueError(f"DIST_GSL_AUTOSCALES: {group!r} must look like 4xCPU:8,GPU:1")
+        resources = {name: float(value) for name, value in (pair.split(":") for pair in matched[2].split(","))}
+        running = sum(all(node.get(key, 0) >= value for key, value in resources.items()) for node in nodes)
+        possible += [resources] * max(0, int(matched[1]) - running)
+    return possible
+
+
+STAGING_TIMEOUT_S = 4 * 3600
+"""Time in which every node must have copied the data, where they have a URI."""
 
 
 def cluster_address(workers: WorkersConfig) -> str | None:
@@ -185,7 +196,7 @@ def train(
     """
     import ray.exceptions
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -203,6 +214,8 @@ def train(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.to_dict(), "folder": folder.remote or str(folder.path), "events": events},
+        # Who has the data waits for who still copies them.
+        torch_config=TorchConfig(timeout_s=STAGING_TIMEOUT_S if storage.is_uri(config.data.dir or "") else 1800),
         scaling_config=ray_train.ScalingConfig(
             num_workers=resources.num_workers, use_gpu=resources.gpu,
             resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if resources.gpu else {})},

@@ -96,17 +96,16 @@ class RunFolder:
         """The last one that was written whole: Ray Train lists a checkpoint when its files are there, and resumes by
         that list."""
         snapshot, remote = self.path / CHECKPOINTS / "checkpoint_manager_snapshot.json", self.remote
-        if remote is not None and (text := storage.read(storage.join(remote, CHECKPOINTS, snapshot.name))) is not None:
-            snapshot.parent.mkdir(parents=True, exist_ok=True)
-            snapshot.write_bytes(text)
+        if remote is not None:  # what is here may be of an earlier run of this name
+            storage.fetch(storage.join(remote, CHECKPOINTS, snapshot.name), snapshot)
         if not snapshot.exists():
             return None
         latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
         if latest is None:
             return None
         file = snapshot.parent / latest["checkpoint_dir_name"] / checkpoint.FILE
-        if remote is not None and not file.exists():
-            storage.download(storage.join(remote, CHECKPOINTS, file.parent.name, file.name), file)
+        if remote is not None:
+            storage.fetch(storage.join(remote, CHECKPOINTS, file.parent.name, file.name), file)
         return file
 
     def state(self) -> dict[str, Any]:

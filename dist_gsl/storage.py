@@ -28,6 +28,10 @@ class StorageError(ValueError):
     """The address or what lies there is not what it should be. One line: what, and what to do."""
 
 
+class StorageAwayError(OSError):
+    """The storage does not do what it was asked for, now: it may well do it later. One line."""
+
+
 def is_uri(text: str) -> bool:
     return "://" in text
 
@@ -36,12 +40,7 @@ def opened(uri: str) -> tuple[FileSystem, str]:
     """(file system, path in it). `StorageError` for an address that no file system takes, or one that holds keys."""
     from pyarrow.fs import FileSystem
 
-    parts = urlsplit(uri)
-    if parts.username or parts.password:
-        raise StorageError(
-            f"{parts.scheme}://...: leave keys out of the address, which is written into configs and logs; they come from the "
-            "environment of the nodes (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, a role)"
-        )
+    check_address(uri)
     try:
         system, path = FileSystem.from_uri(uri)
         if not path.strip("/"):
@@ -51,6 +50,16 @@ def opened(uri: str) -> tuple[FileSystem, str]:
         raise StorageError(f"{uri} cannot be opened: {_first_line(error)}") from error
 
 
+def check_address(uri: str) -> None:
+    """`StorageError` for an address that holds keys."""
+    parts = urlsplit(uri)
+    if parts.username or parts.password:
+        raise StorageError(
+            f"{parts.scheme}://...: leave keys out of the address, which is written into configs and logs; they come from the "
+            "environment of the nodes (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, a role)"
+        )
+
+
 def join(uri: str, *names: str) -> str:
     """The address of what lies under another; options after the question mark stay where they are."""
     head, mark, options = uri.partition("?")
@@ -58,7 +67,7 @@ def join(uri: str, *names: str) -> str:
 
 
 def read(uri: str) -> bytes | None:
-    """A small file's content; None where there is none."""
+    """A small file's content; None where there is none. `StorageAwayError` where that cannot be known."""
     from pyarrow.fs import FileType
 
     system, path = opened(uri)
@@ -68,13 +77,13 @@ def read(uri: str) -> bytes | None:
         with system.open_input_stream(path) as stream:
             return bytes(stream.read())
     except OSError as error:
-        raise StorageError(f"{uri} cannot be read: {_first_line(error)}") from error
+        raise StorageAwayError(f"{uri} cannot be read: {_first_line(error)}") from error
 
 
 def download(uri: str, target: Path, *, sha256: str | None = None, progress: Callable[[int], None] = lambda done: None) -> None:
     """Copies a file here, under a temporary name until it is whole.
 
-    `StorageError` where it cannot be read or, given a checksum, is not the file that it should be.
+    `StorageAwayError` where it cannot be read; `StorageError` where, given a checksum, it is not the file that it should be.
     """
     system, path = opened(uri)
     temporary, digest, done = target.with_name(f".{target.name}.part"), hashlib.sha256(), 0
@@ -90,13 +99,13 @@ def download(uri: str, target: Path, *, sha256: str | None = None, progress: Cal
             raise StorageError(f"{uri} is damaged or another file: its checksum is not the one in its description; copy it there again")
         os.replace(temporary, target)
     except OSError as error:
-        raise StorageError(f"{uri} cannot be copied to {target}: {_first_line(error)}") from error
+        raise StorageAwayError(f"{uri} cannot be copied to {target}: {_first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def upload(source: Path, uri: str) -> None:
-    """Copies a file there, so that it appears whole or not at all. `StorageError` where that fails."""
+    """Copies a file there, so that it appears whole or not at all. `StorageAwayError` where that fails."""
     system, path = opened(uri)
     direct = system.type_name in OBJECT_STORES
     temporary = path if direct else str(PurePosixPath(path).with_name(f".{PurePosixPath(path).name}.part"))
@@ -109,7 +118,7 @@ def upload(source: Path, uri: str) -> None:
         if not direct:
             system.move(temporary, path)
     except OSError as error:
-        raise StorageError(f"{uri} cannot be written: {_first_line(error)}") from error
+        raise StorageAwayError(f"{uri} cannot be written: {_first_line(error)}") from error
 
 
 def remove(uri: str) -> None:
@@ -122,14 +131,14 @@ def remove(uri: str) -> None:
 
 
 def check_writable(uri: str, name: str) -> None:
-    """`StorageError` unless a file of that name can be written under the address, and deleted again."""
+    """`StorageAwayError` unless a file of that name can be written under the address, and deleted again."""
     system, path = opened(join(uri, name))
     try:
         with system.open_output_stream(path) as stream:
             stream.write(b"")
         system.delete_file(path)
     except OSError as error:
-        raise StorageError(f"{uri} cannot be written to: {_first_line(error)}") from error
+        raise StorageAwayError(f"{uri} cannot be written to: {_first_line(error)}") from error
 
 
 # --- folders with a copy here
@@ -169,37 +178,88 @@ def remote_of(folder: Path) -> str | None:
 
 
 def pull(folder: Path, *, without: str | None = None) -> None:
-    """Brings a copy up to date, but for the subfolder `without`. What is newer here stays as it is."""
+    """Brings a copy up to date, but for the subfolder `without`. What has not been sent yet stays as it is."""
     uri = remote_of(folder)
     if uri is None:
         return
+    known = _known(folder)
+    there: dict[str, FileInfo] = {}
     for info, name in _remote_files(uri):
+        if without is None or not name.startswith(f"{without}/"):
+            there[name] = info
+    for name, info in there.items():
         target = folder / name
-        if without is not None and name.startswith(f"{without}/"):
+        is_unsent = target.exists() and known.get(name) != _state(target)
+        if is_unsent and target.stat().st_mtime > info.mtime.timestamp():
             continue
-        if target.exists() and target.stat().st_mtime > info.mtime.timestamp():
-            continue
-        if not target.exists() or target.stat().st_size != info.size or target.stat().st_mtime < info.mtime.timestamp():
-            download(join(uri, name), target)
-            os.utime(target, (info.mtime.timestamp(),) * 2)
+        _fetch(info, join(uri, name), target)
+        known[name] = _state(target)
+    for name in set(known) - set(there):  # somebody deleted it there
+        (folder / name).unlink(missing_ok=True)
+        del known[name]
+    if folder.is_dir():
+        _write_known(folder, known)
 
 
 def push(folder: Path, *, without: str | None = None) -> None:
-    """Sends the files of a copy that have changed since they were sent last, but for the subfolder `without`."""
+    """Sends the files of a copy that are not there yet as they are here, but for the subfolder `without`."""
     uri = remote_of(folder)
     if uri is None:
         return
-    record = folder / ".pushed.json"
-    known: dict[str, list[int]] = json.loads(record.read_text()) if record.exists() else {}
+    known = _known(folder)
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if not file.is_file() or file.name.startswith(".") or (without is not None and name.startswith(f"{without}/")):
             continue
-        state = [file.stat().st_mtime_ns, file.stat().st_size]
+        state = _state(file)
         if known.get(name) != state:
             upload(file, join(uri, name))
             known[name] = state
-            record.write_text(json.dumps(known))
+            _write_known(folder, known)
+
+
+def fetch(uri: str, target: Path) -> bool:
+    """Makes a file here the one that is there; False, and none here, where there is none."""
+    from pyarrow.fs import FileType
+
+    system, path = opened(uri)
+    try:
+        info = system.get_file_info(path)
+    except OSError as error:
+        raise StorageAwayError(f"{uri} cannot be read: {_first_line(error)}") from error
+    if info.type is not FileType.File:
+        target.unlink(missing_ok=True)
+        return False
+    _fetch(info, uri, target)
+    return True
+
+
+def _fetch(info: FileInfo, uri: str, target: Path) -> None:
+    """A download, unless the file here was made by one of the same file."""
+    time_ns = int(info.mtime.timestamp() * 1e9)
+    if not target.exists() or _state(target) != [time_ns, info.size]:
+        download(uri, target)
+        os.utime(target, ns=(time_ns, time_ns))
+
+
+def _state(file: Path) -> list[int]:
+    return [file.stat().st_mtime_ns, file.stat().st_size]
+
+
+SENT = ".sent.json"
+"""File in a copy: name -> (time of its last change in ns, size) of each file as it is there too."""
+
+
+def _known(folder: Path) -> dict[str, list[int]]:
+    file = folder / SENT
+    found: dict[str, list[int]] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def _write_known(folder: Path, known: dict[str, list[int]]) -> None:
+    temporary = folder / f"{SENT}.tmp"
+    temporary.write_text(json.dumps(known))
+    os.replace(temporary, folder / SENT)
 
 
 def _remote_files(uri: str) -> Iterator[tuple[FileInfo, str]]:
@@ -210,7 +270,7 @@ def _remote_files(uri: str) -> Iterator[tuple[FileInfo, str]]:
     try:
         infos = system.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
     except OSError as error:
-        raise StorageError(f"{uri} cannot be listed: {_first_line(error)}") from error
+        raise StorageAwayError(f"{uri} cannot be listed: {_first_line(error)}") from error
     for info in infos:
         if info.type is FileType.File:
             name = PurePosixPath(info.path).relative_to(path).as_posix()

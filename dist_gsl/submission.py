@@ -30,6 +30,8 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 15.0
 """A dead address is known after these at the latest."""
 LOST_AFTER_S = 600.0
 """A job's log is asked for again for this long before it is left alone."""
+SILENCE_S = 60.0
+"""After so long without a word a job's log is asked for anew."""
 STOP_TIMEOUT_S = 60.0
 """Time that a stopped job's driver has to tell the tracking store and to leave its checkpoints whole."""
 POLL_S = 1.0
@@ -94,10 +96,6 @@ class Cluster:
                 "that the cluster was started with"
             ) from error
 
-    @property
-    def is_local(self) -> bool:
-        return _is_loopback(urlsplit(self.address).hostname or "")
-
     # --- jobs
 
     def submit(self, command: Sequence[str], *, name: str, folder: Path, environment: Mapping[str, str]) -> str:
@@ -154,12 +152,12 @@ class Cluster:
         while True:
             try:
                 self.job(job_id)
+                lost_since = None
                 tail = _Tail(write, skip=written)
                 try:
                     asyncio.run(tail.follow(self._client.tail_job_logs(job_id)))
                 finally:
                     written += tail.written
-                    lost_since = None if tail.written else lost_since
                 if (job := self.job(job_id)).is_over:
                     return job
             except UnknownJobError as error:
@@ -189,13 +187,18 @@ def _job(details: JobDetails) -> Job:
 
 
 class _Tail:
-    """Writes what a source has that begins anew each time, without the first `skip` characters."""
+    """Writes what a source has that begins anew each time, without the first `skip` characters; until it ends, or says
+    nothing for a while, as a connection does that died on the way."""
 
     def __init__(self, write: Callable[[str], None], *, skip: int) -> None:
         self.write, self.skip, self.written = write, skip, 0
 
     async def follow(self, source: AsyncIterator[str]) -> None:
-        async for text in source:
+        while True:
+            try:
+                text = await asyncio.wait_for(anext(source), SILENCE_S)
+            except (StopAsyncIteration, TimeoutError):
+                return
             new = text[self.skip :]
             self.skip = max(0, self.skip - len(text))
             if new:
@@ -264,8 +267,9 @@ def shipped(given: Sequence[Path] = ()) -> Iterator[tuple[Path, dict[Path, str]]
         yield folder, names
 
 
-def tracking_environment(cluster: Cluster) -> dict[str, str]:
-    """The tracking address for a job, as set here. `ValueError` for one that a cluster cannot reach or must not see.
+def tracking_environment() -> dict[str, str]:
+    """The tracking address for a job, as set here; none for one of this machine alone, as a forwarded port is: the cluster's
+    own is used then. `ValueError` for one that a cluster cannot use or must not see.
 
     Passwords stay where they are: the cluster has its own, as secrets of its environment.
     """
@@ -283,9 +287,6 @@ def tracking_environment(cluster: Cluster) -> dict[str, str]:
             "MLFLOW_TRACKING_URI holds a user or a password, which every reader of the dashboard would see: leave them out "
             "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the cluster's environment"
         )
-    if _is_loopback(parts.hostname or "") and not cluster.is_local:
-        raise ValueError(
-            f"MLFLOW_TRACKING_URI {uri!r} is this machine's own, which the cluster at {cluster.address} does not reach: "
-            "set it to an address that the cluster's nodes know"
-        )
+    if _is_loopback(parts.hostname or ""):
+        return {}
     return {"MLFLOW_TRACKING_URI": uri}

@@ -1,6 +1,7 @@
 """Folders by URI: what is sent is what comes back, nothing is half there, and what cannot be is said in one line."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,49 @@ def test_only_what_changed_is_sent(root: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(storage, "upload", lambda source, uri: sent.append(source.name))
     storage.push(folder)
     assert sent == ["b"]
+
+
+def test_what_was_deleted_there_goes_here_too(root: str) -> None:
+    """But for what has not been sent yet."""
+    uri = storage.join(root, "deleted")
+    folder = storage.local_folder(uri) / "x"
+    folder.mkdir()
+    (folder / "sent").write_text("1")
+    storage.push(folder)
+    (folder / "unsent").write_text("1")
+    storage.remove(storage.join(uri, "x"))
+    storage.pull(folder)
+    assert {file.name for file in folder.iterdir()} == {"unsent", storage.SENT}
+
+
+def test_what_was_taken_is_not_sent_back(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a look at a run would undo what its driver writes meanwhile."""
+    uri = storage.join(root, "looking")
+    driver = storage.local_folder(uri) / "x"
+    driver.mkdir()
+    (driver / "log").write_text("1")
+    storage.push(driver)
+    monkeypatch.setenv("DIST_GSL_SCRATCH", str(tmp_path / "another machine"))
+    look = storage.local_run(storage.join(uri, "x"))
+    (driver / "log").write_text("1 2")
+    storage.upload(driver / "log", storage.join(uri, "x", "log"))
+    (look / "report").write_text("made")
+    storage.push(look)
+    assert storage.read(storage.join(uri, "x", "log")) == b"1 2"
+    assert storage.read(storage.join(uri, "x", "report")) == b"made"
+
+
+def test_a_file_of_the_same_name_is_fetched_again(root: str, tmp_path: Path) -> None:
+    uri, here = storage.join(root, "again", "state.pt"), tmp_path / "here" / "state.pt"
+    for content in ("first", "other"):  # of the same size
+        (tmp_path / "state.pt").write_text(content)
+        storage.upload(tmp_path / "state.pt", uri)
+        assert storage.fetch(uri, here)
+        assert here.read_text() == content
+        time.sleep(1.1)  # as fine as an object store's clock
+    storage.remove(storage.join(root, "again"))
+    assert not storage.fetch(uri, here)
+    assert not here.exists()
 
 
 def test_a_folder_that_is_a_path_is_left_alone(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """What is shipped to a cluster and what is refused before; the job server itself is in tests/distributed/test_two_nodes.py."""
 
+import asyncio
 import http.server
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +142,49 @@ def test_a_given_file_takes_the_name_that_it_has_there(tmp_path: Path) -> None:
     [
         ("sqlite:////home/me/mlflow.db", "is this machine's, and the job's driver runs on the cluster"),
         ("http://me:secret@server:5000", "which every reader of the dashboard would see"),
-        ("http://127.0.0.1:5000", "is this machine's own, which the cluster at http://head:8265 does not reach"),
     ],
 )
 def test_a_tracking_store_that_a_cluster_cannot_use_is_refused(
     uri: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submission, "_is_guarded", lambda address: False)
-    monkeypatch.setattr(submission.Cluster, "_connect", lambda self: None)
-    cluster = submission.Cluster("http://head:8265")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ValueError, match=says) as caught:
-        submission.tracking_environment(cluster)
+        submission.tracking_environment()
     assert "secret" not in str(caught.value)
+
+
+def test_a_forwarded_tracking_server_is_not_the_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert submission.tracking_environment() == {}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert submission.tracking_environment(cluster) == {"MLFLOW_TRACKING_URI": "http://server:5000"}
+    assert submission.tracking_environment() == {"MLFLOW_TRACKING_URI": "http://server:5000"}
+
+
+def test_keys_in_an_address_are_not_sent_to_the_dashboard(capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "digits", "--data.dir", "s3://id:secret@bucket/digits"]
+    assert main(["submit", "--address", f"http://127.0.0.1:{free_port()}", "--", *train]) == 2
+    error = capsys.readouterr().err
+    assert "leave keys out of the address" in error
+    assert "secret" not in error
+
+
+def test_a_log_that_falls_silent_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a connection that died without a word; what was written is not written again."""
+    monkeypatch.setattr(submission, "SILENCE_S", 0.05)
+
+    async def source(*texts: str, then_hang: bool) -> AsyncIterator[str]:
+        for text in texts:
+            yield text
+        if then_hang:
+            await asyncio.sleep(60)
+
+    written: list[str] = []
+    tail = submission._Tail(written.append, skip=0)
+    asyncio.run(tail.follow(source("abc", "de", then_hang=True)))
+    again = submission._Tail(written.append, skip=tail.written)
+    asyncio.run(again.follow(source("abcd", "ef", "g", then_hang=False)))
+    assert "".join(written) == "abcdefg"
+    assert (tail.written, again.written) == (5, 2)
 
 
 # --- what a cluster holds
@@ -175,3 +204,15 @@ def test_workers_lie_on_nodes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         launch._resources(WorkersConfig(num=5, gpu=True))
     with pytest.raises(ValueError, match="3 workers need 6 CPUs, the cluster has 6"):
         launch._resources(WorkersConfig(num=3, cpus=2))
+
+
+def test_an_autoscaler_s_machines_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = {"CPU": 0.0, "memory": 1.0}
+    one = {"CPU": 8.0, "GPU": 1.0, "memory": 1.0}
+    kind = {"CPU": 8.0, "GPU": 1.0}
+    assert launch.autoscaled([head], "") == []
+    assert launch.autoscaled([head], "4xCPU:8,GPU:1") == [kind] * 4
+    assert launch.autoscaled([head, one], "4xCPU:8,GPU:1; 1xCPU:96") == [kind] * 3 + [{"CPU": 96.0}]
+    assert launch.autoscaled([head, one, one], "1xCPU:8,GPU:1") == []
+    with pytest.raises(ValueError, match="'4 CPUs' must look like 4xCPU:8,GPU:1"):
+        launch.autoscaled([], "4 CPUs")

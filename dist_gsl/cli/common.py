@@ -62,11 +62,30 @@ def folder_of(find: Callable[[str], Path]) -> Callable[[str], Path]:
     return parse
 
 
-def check_runs(runs_dir: Path) -> None:
-    """`ValueError` for a relative folder in a job: its working directory is a copy of the code, deleted when it ends."""
+def where_to_look(runs_dir: Path) -> str:
+    """How a person gets to see the tracking store in use."""
+    from dist_gsl import tracking
+
+    uri = tracking.tracking_uri(runs_dir)
+    return tracking.masked(uri) if uri.startswith(("http://", "https://")) else "dist-gsl ui"
+
+
+def check_paths(runs_dir: Path, config: RunConfig) -> None:
+    """`ValueError` for a relative path in a job: its working directory is a copy of the code, deleted when it ends."""
     from dist_gsl import launch
 
-    if launch.is_job() and not runs_dir.is_absolute():
+    if not launch.is_job():
+        return
+    if config.data.dir is None or not storage.is_uri(config.data.dir):
+        folder = config.data.directory()
+        if not folder.is_absolute():
+            raise ValueError(
+                f"the data's folder {folder} would lie in the job's own copy of the code, which is deleted: give --data.dir an "
+                "absolute path that all nodes of the cluster see, or a URI, or set DIST_GSL_DATA in the cluster's environment"
+            )
+    if config.train.init is not None and not Path(config.train.init).is_absolute():
+        raise ValueError(f"--train.init {config.train.init} must be an absolute path, one that all nodes of the cluster see")
+    if not runs_dir.is_absolute():
         raise ValueError(
             f"--runs {runs_dir} would lie in the job's own copy of the code, which is deleted: give an absolute path that "
             "all nodes of the cluster see, or set DIST_GSL_RUNS in the cluster's environment"

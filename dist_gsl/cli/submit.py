@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dist_gsl import storage
 from dist_gsl.cli import train, tune
 from dist_gsl.cli.common import Commands, OneLineParser, with_overrides
 from dist_gsl.submission import Cluster, Job, shipped, tracking_environment
@@ -82,8 +83,10 @@ def _submit(options: argparse.Namespace, console: Console) -> int:
         asked.name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
         arguments = [*arguments, "--name", asked.name]
     cluster = Cluster(options.address)
-    environment = tracking_environment(cluster)
-    if not cluster.is_guarded and not cluster.is_local:
+    environment = tracking_environment()
+    if not environment and os.environ.get("MLFLOW_TRACKING_URI"):
+        console.print("MLFLOW_TRACKING_URI is this machine's own: the cluster's is used", highlight=False)
+    if not cluster.is_guarded:
         console.print(
             f"warning: {cluster.address} asks for no token, so whoever reaches it runs what they like there: "
             "start the cluster with RAY_AUTH_MODE=token", highlight=False,
@@ -139,7 +142,9 @@ def _checked(arguments: Sequence[str]) -> argparse.Namespace:
     else:
         file, start, _ = files.load(asked.given)
         asked.given_file = None if asked.given in files.names() else file
-    with_overrides(f"{asked.command} {asked.given}", start, fields)
+    config = with_overrides(f"{asked.command} {asked.given}", start, fields)
+    if config.data.dir is not None and storage.is_uri(config.data.dir):
+        storage.check_address(config.data.dir)  # everybody who sees the dashboard sees the command
     return asked
 
 

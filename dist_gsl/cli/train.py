@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dist_gsl.cli.common import Commands, add_run_options, check_runs, dry_run, with_overrides
+from dist_gsl import storage
+from dist_gsl.cli.common import Commands, add_run_options, check_paths, dry_run, where_to_look, with_overrides
 
 
 def add(commands: Commands) -> None:
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if (options.resume or options.start_or_resume) and not options.name:
         given = "--resume" if options.resume else "--start-or-resume"
         raise ValueError(f"train: {given} needs the --name of the run to go on with")
-    check_runs(options.runs)
+    check_paths(options.runs, config)
     resume = options.resume or (options.start_or_resume and experiment.is_begun(options.runs, name))
     made = experiment.run(
         config, name=name, runs_dir=options.runs, recipe=recipe, command=options.command_line, console=console,
@@ -88,7 +89,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
         track=not options.no_tracking, continued=trial,
     )  # fmt: skip
     report.print_table([made], console)
-    console.print(
-        f"run: {options.runs / name}   plots: {options.runs / name / 'plots'}   MLflow: dist-gsl ui", highlight=False
-    )
+    place = storage.remote_of(options.runs / name) or options.runs / name
+    console.print(f"run: {place}   plots: in its plots/   MLflow: {where_to_look(options.runs)}", highlight=False)
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from dist_gsl.cli.common import Commands, add_run_options, check_runs, dry_run, with_overrides
+from dist_gsl.cli.common import Commands, add_run_options, check_paths, dry_run, where_to_look, with_overrides
 
 if TYPE_CHECKING:
     from dist_gsl.tuning.records import SearchFolder
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if (options.resume or options.start_or_resume) and not options.name:
         given = "--resume" if options.resume else "--start-or-resume"
         raise ValueError(f"tune: {given} needs the --name of the search to go on with")
-    check_runs(options.runs)
+    check_paths(options.runs, base)
     from dist_gsl.tuning import driver, results
     from dist_gsl.tuning import space as spaces
     from dist_gsl.tuning.records import SearchFolder, SearchSettings
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     results.print_front(front, console)
     is_met = _show_choice(folder, options, console)
     console.print(f"search: {options.runs / folder.name}   plot: {options.runs / folder.name / results.FRONT_PLOT}"
-                  "   MLflow: dist-gsl ui", highlight=False)  # fmt: skip
+                  f"   MLflow: {where_to_look(options.runs)}", highlight=False)  # fmt: skip
     if front.failed:
         print(f"dist-gsl: error: {len(front.failed)} of {len(front.trials)} trials failed, see above", file=sys.stderr)
     return 0 if is_met and not front.failed else 1

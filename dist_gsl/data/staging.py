@@ -42,8 +42,8 @@ def stage(uri: str, *, progress: Progress | None = None) -> Path:
     info = DatasetInfo.from_json(text)
     with locked(directory):
         described = directory / DESCRIPTION
-        if described.exists() and described.read_text(encoding="utf-8") == text:
-            return directory  # written last, so that all files were there
+        if described.exists() and described.read_text(encoding="utf-8") == text and _are_here(directory, info):
+            return directory  # written last, after every checksum
         described.unlink(missing_ok=True)
         missing = [split for split in info.splits.values() if not _is_here(directory / split.file, split.sha256)]
         needed, free = sum(split.num_bytes for split in missing), shutil.disk_usage(directory).free
@@ -76,6 +76,12 @@ def _description(uri: str) -> str:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{uri}/{DESCRIPTION} is not a description of a data set ({error}): copy it there again") from error
     return text
+
+
+def _are_here(directory: Path, info: DatasetInfo) -> bool:
+    """Is every file there, by its size? Whoever cleans temporary files up may have taken some."""
+    files = [(directory / split.file, split.num_bytes) for split in info.splits.values()]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
 
 
 def _is_here(file: Path, sha256: str) -> bool:

@@ -89,13 +89,13 @@ def _unseen(folder: str, data_config: data.DataConfig, *, rank: int) -> str | No
             if storage.read(storage.join(folder, "config.yaml")) is None:
                 return f"node {node} does not see the run's folder {folder}: do its credentials name the same storage?"
             storage.check_writable(folder, f".probe-{rank}")
-        except storage.StorageError as error:
+        except (storage.StorageError, storage.StorageAwayError) as error:
             return f"node {node}: {error}"
     elif (problem := _unseen_path(Path(folder), node)) is not None:
         return problem
     try:
         data.prepare(data_config)  # copies them to this node where they have a URI
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return f"node {node}: {error}; give --data.dir a path that all nodes share, or a URI"
     return None
 

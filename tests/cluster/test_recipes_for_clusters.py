@@ -89,7 +89,25 @@ def test_a_rayjob_runs_a_command_that_exists_and_can_be_run_again(job: dict[str,
     asked = _checked(arguments)
     assert asked.start_or_resume
     assert asked.name
+    assert "--data.dir" in arguments  # ImageNet is nowhere by itself
     assert job["spec"]["backoffLimit"] > 0
+
+
+def test_what_may_be_started_is_said_in_words_too() -> None:
+    """Ray's autoscaler tells nobody; a run is held against DIST_GSL_AUTOSCALES."""
+
+    def words(number: int, resources: dict[str, Any]) -> str:
+        return f"{number}xCPU:{resources['CPU']},GPU:{resources['GPU']}"
+
+    (group,) = RAYCLUSTER["spec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    head = RAYCLUSTER["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    said = words(group["maxReplicas"], {"CPU": limits["cpu"], "GPU": limits["nvidia.com/gpu"]})
+    assert head["env"][0] == {"name": "DIST_GSL_AUTOSCALES", "value": said}
+    for name in ("aws", "gcp"):
+        (config,) = documents(CLUSTER / "vm" / f"{name}.yaml")
+        kind = config["available_node_types"]["gpu"]
+        assert f"--env DIST_GSL_AUTOSCALES={words(kind['max_workers'], kind['resources'])}" in config["docker"]["run_options"]
 
 
 def test_versions_are_the_constraints() -> None:
