@@ -73,8 +73,6 @@ def mounted(root: Path) -> Iterator[None]:
 def run(stage: Stage, command: list[str]) -> None:
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
                    **stage.arguments, **stage.environment}  # fmt: skip
-    if stage.user != "0":
-        environment["HOME"] = "/home/ray"
     inside = f"cd {shlex.quote(stage.directory)} && exec {shlex.join(command)}"
     with mounted(stage.root):
         done = subprocess.run(

@@ -140,7 +140,7 @@ def test_a_given_file_takes_the_name_that_it_has_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("sqlite:////home/me/mlflow.db", "is this machine's, and the job's driver runs on the cluster"),
+        ("sqlite:////srv/mlflow.db", "is this machine's, and the job's driver runs on the cluster"),
         ("http://me:secret@server:5000", "which every reader of the dashboard would see"),
     ],
 )

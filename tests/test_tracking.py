@@ -426,8 +426,8 @@ tmpfs /mnt/shared\\040runs/local tmpfs rw 0 0
 @pytest.mark.parametrize(
     ("runs", "may_move", "why"),
     [
-        ("/home/me/runs", False, None),
-        ("/home/me/runs", True, "driver may start on another next time"),
+        ("/srv/runs", False, None),
+        ("/srv/runs", True, "driver may start on another next time"),
         ("/mnt/shared runs/mine", False, "another machine's disk \\(nfs4\\)"),
         ("/mnt/shared runs/local/mine", False, None),
         ("/mnt/shared runs2/mine", False, None),
