@@ -49,7 +49,7 @@ class RunFolder:
         folder = cls(Path(path).absolute())
         folder.pull()
         if not folder.config_file.is_file():
-            raise ValueError(f"{path} is not a run's folder: it has no config.yaml; name one such as runs/NAME")
+            raise ValueError(f"{folder.remote or path} is not a run's folder: it has no config.yaml; name one such as runs/NAME")
         return folder
 
     @property

@@ -12,13 +12,11 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
-MARK = ".uri"
-"""File in a copy with the URI of what it is a copy of."""
 BLOCK = 1 << 22
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where a file appears whole or not at all, without a temporary name."""
@@ -145,16 +143,26 @@ def check_writable(uri: str, name: str) -> None:
 
 
 def local_folder(text: str) -> Path:
-    """The folder itself for a path; for a URI the folder of its copy, in DIST_GSL_SCRATCH or else ~/.cache/dist_gsl."""
+    """The folder itself for a path; for a URI the folder of its copy, whether it exists or not: the address is its name.
+
+    `StorageError` for an address that cannot be opened, or is too long for a name.
+    """
     if not is_uri(text):
         return Path(text)
     opened(text)
-    uri = text.rstrip("/")
-    root = Path(os.environ.get("DIST_GSL_SCRATCH") or Path.home() / ".cache" / "dist_gsl")
-    folder = root / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text(uri)
-    return folder
+    name = quote(text.rstrip("/"), safe="")
+    if len(name) > LONGEST_NAME:
+        raise StorageError(f"{text} is too long for an address ({len(name)} characters in a folder's name, at most {LONGEST_NAME})")
+    return _copies() / name
+
+
+LONGEST_NAME = 240
+"""Of a folder, on the file systems that people have."""
+
+
+def _copies() -> Path:
+    """The folder of all copies: DIST_GSL_SCRATCH, or else ~/.cache/dist_gsl."""
+    return Path(os.environ.get("DIST_GSL_SCRATCH") or Path.home() / ".cache" / "dist_gsl").absolute()
 
 
 def local_run(text: str) -> Path:
@@ -170,11 +178,10 @@ def local_run(text: str) -> Path:
 
 def remote_of(folder: Path) -> str | None:
     """The URI of which a folder is a copy, or a part of one; None for a folder that is nobody's copy."""
-    for above in (folder, *folder.absolute().parents[:3]):
-        mark = above / MARK
-        if mark.is_file():
-            return join(mark.read_text(), *folder.absolute().relative_to(above.absolute()).parts)
-    return None
+    if not folder.absolute().is_relative_to(_copies()):
+        return None
+    name, *below = folder.absolute().relative_to(_copies()).parts or ("",)
+    return join(unquote(name), *below) if is_uri(unquote(name)) else None
 
 
 def pull(folder: Path, *, without: str | None = None) -> None:

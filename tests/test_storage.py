@@ -56,6 +56,17 @@ def test_keys_in_an_address_are_refused_and_not_repeated() -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_looking_leaves_nothing(root: str, tmp_path: Path) -> None:
+    run = storage.local_run(storage.join(root, "looked-at", "x"))
+    assert storage.remote_of(run) == storage.join(root, "looked-at", "x")
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_an_address_too_long_for_a_name_is_refused() -> None:
+    with pytest.raises(StorageError, match="is too long for an address"):
+        storage.local_folder("file:///" + "x" * 300)
+
+
 def test_a_copy_sends_what_changed_and_another_takes_it(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = storage.join(root, "runs")
     run = storage.local_folder(uri) / "first"
@@ -74,6 +85,7 @@ def test_a_copy_sends_what_changed_and_another_takes_it(root: str, tmp_path: Pat
     (other / "config.yaml").write_text("a: 22")
     storage.push(other)
 
+    monkeypatch.setenv("DIST_GSL_SCRATCH", str(tmp_path / "scratch"))
     storage.pull(run)
     assert (run / "config.yaml").read_text() == "a: 22"
     (run / "config.yaml").write_text("a: 333")  # newer here than there
@@ -86,7 +98,7 @@ def test_a_copy_sends_what_changed_and_another_takes_it(root: str, tmp_path: Pat
 
 def test_only_what_changed_is_sent(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = storage.local_folder(storage.join(root, "changes")) / "x"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "a").write_text("1")
     (folder / "b").write_text("1")
     storage.push(folder)
@@ -101,7 +113,7 @@ def test_what_was_deleted_there_goes_here_too(root: str) -> None:
     """But for what has not been sent yet."""
     uri = storage.join(root, "deleted")
     folder = storage.local_folder(uri) / "x"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "sent").write_text("1")
     storage.push(folder)
     (folder / "unsent").write_text("1")
@@ -114,7 +126,7 @@ def test_what_was_taken_is_not_sent_back(root: str, tmp_path: Path, monkeypatch:
     """Else a look at a run would undo what its driver writes meanwhile."""
     uri = storage.join(root, "looking")
     driver = storage.local_folder(uri) / "x"
-    driver.mkdir()
+    driver.mkdir(parents=True)
     (driver / "log").write_text("1")
     storage.push(driver)
     monkeypatch.setenv("DIST_GSL_SCRATCH", str(tmp_path / "another machine"))
