@@ -199,10 +199,15 @@ def test_a_node_copies_a_data_set_once(betons: str, monkeypatch: pytest.MonkeyPa
     assert data.prepare(data.DataConfig(dir=betons)) == folder
 
 
-def test_what_is_missing_or_damaged_here_is_copied_again(betons: str) -> None:
+@pytest.mark.parametrize("loss", ["interrupted", "cut", "cleaned up"])
+def test_what_is_missing_or_damaged_here_is_copied_again(loss: str, betons: str) -> None:
     folder = data.prepare(data.DataConfig(dir=betons))
-    (folder / data.DatasetInfo.from_json((folder / "dataset.json").read_text()).splits["val"].file).write_bytes(b"cut")
-    (folder / "dataset.json").unlink()  # as after an interruption
+    if loss == "cleaned up":
+        (folder / "val.beton").unlink()
+    else:
+        (folder / "val.beton").write_bytes(b"cut")
+    if loss == "interrupted":
+        (folder / "dataset.json").unlink()
     data.check(data.prepare(data.DataConfig(dir=betons)) / "val.beton", full=True)
 
 
