@@ -16,11 +16,15 @@ from multiprocessing import Process, Queue, Value
 from typing import Any, Final
 
 import cv2
+import numba.typed
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 _torch_threads = torch.get_num_threads()  # importing ffcv sets it to 1
+# ffcv keeps the numbers of two image modes in one of numba's dictionaries, which only Python reads: compiling it took
+# five seconds of every process that was started.
+_typed_dict, numba.typed.Dict = numba.typed.Dict, dict
 
 from ffcv.fields import FloatField, IntField, NDArrayField, RGBImageField
 from ffcv.fields.base import Field
@@ -38,6 +42,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, Field
 from ffcv.writer import DatasetWriter, handle_sample, worker_job_indexed_dataset
 
 torch.set_num_threads(_torch_threads)
+numba.typed.Dict = _typed_dict
 
 __all__ = [
     "ALLOC_TABLE_TYPE",

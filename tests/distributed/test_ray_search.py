@@ -1,7 +1,6 @@
 """Searches on a real Ray: what they leave behind, what fails in them, and going on after the driver was killed."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -64,7 +63,7 @@ def space():
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def directory(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("search")
     (folder / "faulty.py").write_text(FAULTY)
     (folder / "plain.py").write_text(PLAIN)
@@ -93,18 +92,14 @@ def children(directory: Path) -> tuple[list, list]:
 
 
 def test_failures_are_recorded_and_the_search_goes_on(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On a cluster of our own, so that one can see that all its CPUs are free afterwards."""
+    """And all the cluster's CPUs are free afterwards."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        code = main(["tune", "faulty.py", "--searcher", "grid", "--name", "faulty", "--trials", "9"])
-        end = time.monotonic() + 30  # Ray frees what is done within seconds
-        while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:
-            time.sleep(0.2)
-        assert ray.available_resources()["CPU"] == 2
-    finally:
-        ray.shutdown()
+    code = main(["tune", "faulty.py", "--searcher", "grid", "--name", "faulty", "--trials", "9"])
+    end = time.monotonic() + 30  # Ray frees what is done within seconds
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2
     captured = capsys.readouterr()
     assert code == 1
     assert "3 of 5 trials failed" in captured.err

@@ -104,7 +104,7 @@ def check_whole(net: Network, name: str) -> None:
 
 
 def test_training_crosses_the_link_and_gives_what_one_node_gives(
-    net: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: Network, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = net.head.received_bytes(), net.worker.received_bytes()
     done = gsl(net, "submit", "--address", JOBS, "--workers", "2", "--gpus-per-worker", "0", "--", *TRAIN, "--name", "across")
