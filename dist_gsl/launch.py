@@ -80,8 +80,10 @@ def ray_cluster(workers: WorkersConfig, *, dashboard: bool = False) -> Iterator[
     address = cluster_address(workers)
     started = not ray.is_initialized()
     if started:
-        if address is None:  # nobody takes this machine away, and the watcher is a process more
+        if address is None:
+            # Nobody takes this machine away, and the watcher is a process more; asking few workers often costs nothing.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(

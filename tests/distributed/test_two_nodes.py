@@ -28,8 +28,13 @@ pytestmark = [
 ]
 
 EPOCHS = 5
-TRAIN = ["train", "digits", "--train.epochs", str(EPOCHS), "--penalty.beta.rest", "1.8", "--penalty.beta-schedule.start", "0",
-         "--penalty.beta-schedule.end", "3"]  # fmt: skip
+DISTURBED_EPOCHS = 40
+"""More than pass while things happen."""
+
+
+def train(name: str, epochs: int = EPOCHS) -> list[str]:
+    return ["train", "digits", "--name", name, "--train.epochs", str(epochs), "--penalty.beta.rest", "1.8",
+            "--penalty.beta-schedule.start", "0", "--penalty.beta-schedule.end", "3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +59,10 @@ def gsl(net: Network, *arguments: str, timeout: float = 400) -> subprocess.Compl
 
 
 @contextlib.contextmanager
-def submitted(net: Network, name: str, *options: str) -> Iterator[subprocess.Popen]:
+def submitted(net: Network, name: str, epochs: int, *options: str) -> Iterator[subprocess.Popen]:
     """`dist-gsl submit` at work; it is ended if it did not end."""
     process = net.start(
-        net.hub, [BIN / "dist-gsl", "submit", "--address", JOBS, *options, "--", *TRAIN, "--name", name], log=f"{name}.log",
+        net.hub, [BIN / "dist-gsl", "submit", "--address", JOBS, *options, "--", *train(name, epochs)], log=f"{name}.log",
         environment={"MLFLOW_TRACKING_URI": MLFLOW},
     )  # fmt: skip
     try:
@@ -72,10 +77,14 @@ def log(net: Network, name: str) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def has_trained(net: Network, name: str, epochs: int) -> bool:
-    """Are that many epochs in checkpoints?"""
+def trained_epochs(net: Network, name: str) -> int:
+    """Epochs in checkpoints."""
     last = RunFolder(net.runs / name).last_checkpoint()
-    return last is not None and int(last.parent.name.removeprefix("epoch-")) >= epochs
+    return 0 if last is None else int(last.parent.name.removeprefix("epoch-"))
+
+
+def has_trained(net: Network, name: str, epochs: int) -> bool:
+    return trained_epochs(net, name) >= epochs
 
 
 def training_processes(host: Host) -> list[int]:
@@ -87,12 +96,12 @@ def training_processes(host: Host) -> list[int]:
     return found
 
 
-def check_whole(net: Network, name: str) -> None:
+def check_whole(net: Network, name: str, epochs: int) -> None:
     """The run has every epoch once, in its history, in its log and in one run of the tracking store."""
     folder = RunFolder(net.runs / name)
     assert folder.is_finished
     assert (folder.path / "report.json").exists()
-    assert [row["epoch"] for row in folder.state()["history"]] == list(range(1, EPOCHS + 1))
+    assert [row["epoch"] for row in folder.state()["history"]] == list(range(1, epochs + 1))
     code = (
         "import json; from mlflow.tracking import MlflowClient; client = MlflowClient()\n"
         "experiment = client.get_experiment_by_name('dist_gsl').experiment_id\n"
@@ -100,18 +109,18 @@ def check_whole(net: Network, name: str) -> None:
         "print(json.dumps([[r.info.status, [m.step for m in client.get_metric_history(r.info.run_id, 'epoch')]] for r in runs]))"
     )
     done = net.run([BIN / "python", "-c", code], MLFLOW_TRACKING_URI=MLFLOW)
-    assert json.loads(done.stdout.splitlines()[-1]) == [["FINISHED", list(range(1, EPOCHS + 1))]], done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [["FINISHED", list(range(1, epochs + 1))]], done.stderr
 
 
 def test_training_crosses_the_link_and_gives_what_one_node_gives(
     net: Network, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = net.head.received_bytes(), net.worker.received_bytes()
-    done = gsl(net, "submit", "--address", JOBS, "--workers", "2", "--gpus-per-worker", "0", "--", *TRAIN, "--name", "across")
+    done = gsl(net, "submit", "--address", JOBS, "--workers", "2", "--gpus-per-worker", "0", "--", *train("across"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"dashboard: {JOBS}/#/jobs/across-" in done.stdout
     assert f"across: epoch  {EPOCHS}/{EPOCHS}" in done.stdout
-    check_whole(net, "across")
+    check_whole(net, "across", EPOCHS)
     across = RunFolder(net.runs / "across").state()
     sent = across["position"]["step"] * 4 * sum(value.numel() for name, value in across["model"].items() if "running" not in name)
     for host, earlier in zip((net.head, net.worker), before, strict=True):
@@ -119,7 +128,7 @@ def test_training_crosses_the_link_and_gives_what_one_node_gives(
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert main([*TRAIN, "--name", "one", "--data.dir", str(next((net.folder / "data").iterdir())), "--no-tracking"]) == 0
+    assert main([*train("one"), "--data.dir", str(next((net.folder / "data").iterdir())), "--no-tracking"]) == 0
     one = RunFolder(tmp_path / "runs" / "one").state()
     assert one["position"] == across["position"]
     for name, value in one["model"].items():
@@ -138,17 +147,17 @@ def test_jobs_are_listed_and_their_output_is_kept(net: Network) -> None:
     assert "has no job 'nothing'" in missing.stderr
 
 
-def kill_a_worker(net: Network, name: str) -> None:
+def kill_a_worker(net: Network) -> None:
     os.kill(training_processes(net.worker)[0], signal.SIGKILL)
 
 
-def kill_a_node(net: Network, name: str) -> None:
+def kill_a_node(net: Network) -> None:
     net.worker.kill_all()
     time.sleep(3)
     net.start_node(net.worker)
 
 
-def cut_the_link(net: Network, name: str) -> None:
+def cut_the_link(net: Network) -> None:
     """For longer than the cluster waits for a node."""
     net.cut(net.worker)
     until(lambda: alive_nodes(net) == 1, seconds=120, name="the cluster gives the node up")
@@ -157,7 +166,7 @@ def cut_the_link(net: Network, name: str) -> None:
     net.start_node(net.worker)
 
 
-def kill_the_driver(net: Network, name: str) -> None:
+def kill_the_driver(net: Network) -> None:
     """Whoever submitted the job submits it again."""
     drivers = []
     for pid in net.head.processes():
@@ -170,23 +179,40 @@ def kill_the_driver(net: Network, name: str) -> None:
     assert drivers
 
 
+@pytest.fixture(scope="module")
+def disturbed(net: Network) -> Iterator[subprocess.Popen]:
+    """One job to which all of the following happens, one after another."""
+    with submitted(net, "disturbed", DISTURBED_EPOCHS, "--retry", "1") as process:
+        until(lambda: has_trained(net, "disturbed", 1) or process.poll() is not None, seconds=240, name="an epoch")
+        assert process.poll() is None, log(net, "disturbed")
+        yield process
+
+
 @pytest.mark.parametrize("happens", [kill_a_worker, kill_a_node, cut_the_link, kill_the_driver])
-def test_a_run_goes_on_after(happens: Callable[[Network, str], None], net: Network) -> None:
-    name = happens.__name__.replace("_", "-")
-    with submitted(net, name, "--retry", "1") as process:
-        until(lambda: has_trained(net, name, 2) or process.poll() is not None, seconds=240, name="two epochs")
-        assert process.poll() is None, log(net, name)
-        happens(net, name)
-        assert process.wait(timeout=400) == 0, log(net, name)
-    check_whole(net, name)
-    output = log(net, name)
-    assert ("failed; again in" in output) == (happens is kill_the_driver), output
+def test_a_run_goes_on_after(happens: Callable[[Network], None], net: Network, disturbed: subprocess.Popen) -> None:
+    """By itself, from its last checkpoint: those who trained are gone, and more epochs follow."""
+
+    def workers() -> set[int]:
+        return {pid for host in (net.head, net.worker) for pid in training_processes(host)}
+
+    before = workers()
+    happens(net)
+    until(lambda: not before & workers(), seconds=120, name="the end of those who trained")
+    done = trained_epochs(net, "disturbed")
+    until(lambda: trained_epochs(net, "disturbed") > done or disturbed.poll() is not None, seconds=240, name="the next epoch")
+    assert disturbed.poll() is None, log(net, "disturbed")
+    assert ("failed; again in" in log(net, "disturbed")) == (happens is kill_the_driver)
     until(lambda: alive_nodes(net) == 2, seconds=60, name="both nodes")
+
+
+def test_the_disturbed_run_is_whole(net: Network, disturbed: subprocess.Popen) -> None:
+    assert disturbed.wait(timeout=400) == 0, log(net, "disturbed")
+    check_whole(net, "disturbed", DISTURBED_EPOCHS)
 
 
 def test_a_stopped_job_leaves_its_checkpoints_and_says_so_to_the_store(net: Network) -> None:
     """Ctrl-C on the submitter: the job's driver is asked to end, and ends in order."""
-    with submitted(net, "stopped") as process:
+    with submitted(net, "stopped", DISTURBED_EPOCHS) as process:
         until(lambda: has_trained(net, "stopped", 1) or process.poll() is not None, seconds=240, name="an epoch")
         assert process.poll() is None, log(net, "stopped")
         for pid in net.hub.processes():
@@ -209,24 +235,24 @@ def test_a_stopped_job_leaves_its_checkpoints_and_says_so_to_the_store(net: Netw
 
 def test_what_cannot_be_had_is_refused_at_once(net: Network) -> None:
     begin = time.monotonic()
-    done = gsl(net, "submit", "--address", JOBS, "--gpus-per-worker", "1", "--", *TRAIN, "--name", "no-gpus")
+    done = gsl(net, "submit", "--address", JOBS, "--gpus-per-worker", "1", "--", *train("no-gpus"))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "2 workers need 2 GPUs, the cluster has 0" in done.stdout
     assert not (net.runs / "no-gpus").exists()
     assert time.monotonic() - begin < 120  # not a claim of speed: Ray itself would wait for ever
 
-    dead = gsl(net, "submit", "--address", f"http://{HEAD}:1", "--", *TRAIN)
+    dead = gsl(net, "submit", "--address", f"http://{HEAD}:1", "--", *train("x"))
     assert dead.returncode == 2
     assert f"no job server answers at http://{HEAD}:1" in dead.stderr
     begin = time.monotonic()
-    silent = gsl(net, "submit", "--address", "http://10.77.0.99:8265", "--", *TRAIN)  # no such host on the bridge
+    silent = gsl(net, "submit", "--address", "http://10.77.0.99:8265", "--", *train("x"))  # no such host on the bridge
     assert silent.returncode == 2
     assert "no job server answers" in silent.stderr
     assert time.monotonic() - begin < 30
 
 
 def test_a_missing_or_wrong_token_is_named(net: Network, tmp_path: Path) -> None:
-    command = [str(BIN / "dist-gsl"), "submit", "--address", JOBS, "--", *TRAIN]
+    command = [str(BIN / "dist-gsl"), "submit", "--address", JOBS, "--", *train("x")]
     without = net.run(command, RAY_AUTH_MODE="disabled")
     assert without.returncode == 2
     assert "asks for a token: export RAY_AUTH_MODE=token" in without.stderr
@@ -238,8 +264,8 @@ def test_a_missing_or_wrong_token_is_named(net: Network, tmp_path: Path) -> None
 
 
 def test_a_folder_that_a_node_does_not_see_is_found_at_the_start(net: Network) -> None:
-    train = [*TRAIN, "--data.dir", str(next((net.folder / "data").iterdir()))]
-    runs = gsl(net, "submit", "--address", JOBS, "--", *train, "--name", "unseen", "--runs", str(net.unshared / "runs"))
+    elsewhere = ["--data.dir", str(next((net.folder / "data").iterdir())), "--runs", str(net.unshared / "runs")]
+    runs = gsl(net, "submit", "--address", JOBS, "--", *train("unseen"), *elsewhere)
     assert runs.returncode == 1, runs.stdout + runs.stderr
     assert f"node {WORKER} does not see the run's folder {net.unshared}/runs/unseen: give --runs a path" in runs.stdout
     assert "epoch  1" not in runs.stdout
