@@ -28,12 +28,12 @@ pytestmark = [
 ]
 
 EPOCHS = 5
-DISTURBED_EPOCHS = 40
+DISTURBED_EPOCHS = 30
 """More than pass while things happen."""
 
 
 def train(name: str, epochs: int = EPOCHS) -> list[str]:
-    return ["train", "digits", "--name", name, "--train.epochs", str(epochs), "--penalty.beta.rest", "1.8",
+    return ["train", "digits", "--name", name, "--train.epochs", str(epochs), "--penalty.beta.rest", "4",
             "--penalty.beta-schedule.start", "0", "--penalty.beta-schedule.end", "3"]  # fmt: skip
 
 
