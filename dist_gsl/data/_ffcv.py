@@ -7,15 +7,16 @@ one that imports ffcv when it is loaded, so import it inside functions.
 
 import contextlib
 import ctypes
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing import Process, Queue, Value
 from typing import Any, Final
 
 import cv2
+import numba
 import numba.typed
 import numpy as np
 import torch
@@ -30,19 +31,25 @@ from ffcv.fields import FloatField, IntField, NDArrayField, RGBImageField
 from ffcv.fields.base import Field
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.ndarray import NDArrayDecoder
-from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader import Loader as FfcvLoader
 from ffcv.loader import loader as ffcv_loader
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.memory_allocator import MemoryAllocator
 from ffcv.memory_managers import OSCacheManager
+from ffcv.memory_managers.os_cache import OSCacheContext
+from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.graph import Node
+from ffcv.pipeline.state import State
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType
 from ffcv.writer import DatasetWriter, handle_sample, worker_job_indexed_dataset
 
 torch.set_num_threads(_torch_threads)
 numba.typed.Dict = _typed_dict
+
+from dist_gsl.data import native
+from dist_gsl.data.info import DataError
 
 __all__ = [
     "ALLOC_TABLE_TYPE",
@@ -170,15 +177,48 @@ def _raise_if_dead(processes: Sequence[Process], errors: Any) -> None:
             raise RuntimeError(f"a process that wrote the data set ended early: {message}")
 
 
-_CodeKey = tuple[float | None, bool, bool]
+_CodeKey = tuple[bool, bool]
 _compiled: dict[_CodeKey, Any] = {}
 _compiling = threading.Lock()
 
 
+class _Context(OSCacheContext):
+    """What compiled code is given with every batch: FFCV's map of the file and table, and what our decoder needs besides."""
+
+    manager: "_CacheManager"
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        manager = self.manager
+        return (self.mmap, manager.ptrs, manager.sizes, manager.image_sizes, manager.checksums, manager.settings, manager.bad_sample)
+
+
 class _CacheManager(OSCacheManager):
-    """FFCV's memory map, whose reading function depends on nothing of the file: compiled once a process."""
+    """FFCV's memory map without its dictionaries of all samples, which take kilobytes a sample and minutes for millions.
+
+    Its reading function depends on nothing of the file: compiled once a process.
+    """
 
     _read: Any = None
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        order = np.argsort(reader.alloc_table["ptr"], kind="stable")
+        self.ptrs = np.ascontiguousarray(reader.alloc_table["ptr"][order])
+        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
+        self.image_sizes = np.zeros(0, np.uint64)
+        for number, field in enumerate(reader.handlers.values()):
+            if isinstance(field, RGBImageField):
+                self.image_sizes = self.sizes[np.searchsorted(self.ptrs, reader.metadata[f"f{number}"]["data_ptr"])]
+        self.checksums = np.zeros(0, np.uint32)
+        self.settings = np.zeros(native.SETTINGS.itemsize, np.uint8)
+        self.bad_sample = np.zeros(1, np.uint64)
+        self.context = _Context(self)
+
+    @property
+    def state_type(self) -> Any:
+        u64, u32, u8 = numba.uint64[::1], numba.uint32[::1], numba.uint8[::1]
+        return numba.types.Tuple([*super().state_type.types, u64, u32, u8, u64])
 
     def compile_reader(self) -> Any:
         if _CacheManager._read is None:
@@ -187,6 +227,42 @@ class _CacheManager(OSCacheManager):
 
 
 ffcv_loader.OSCacheManager = _CacheManager
+
+
+class _RegionDecoder(SimpleRGBImageDecoder):
+    """FFCV's operation that reads images, by our decoder: regions drawn by sample, only what is in them decoded."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        shape, dtype = (self.size, self.size, 3), np.dtype("<u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+
+    def generate_code(self) -> Callable[..., Any]:
+        decode_batch = native.decode
+
+        def decode(positions: Any, destination: Any, metadata: Any, state: Any) -> Any:
+            status = decode_batch(
+                state[0].ctypes.data, state[0].size, metadata.ctypes.data, metadata.strides[0], state[3].ctypes.data,
+                state[4].ctypes.data, positions.ctypes.data, positions.size, state[5].ctypes.data, destination.ctypes.data,
+                state[6].ctypes.data,
+            )  # fmt: skip
+            if status != 0:
+                # Compiled code raises constants only: the status is told by the one of as many classes.
+                if status == 1:
+                    raise ValueError(1)
+                if status == 2:
+                    raise ValueError(2)
+                if status == 3:
+                    raise ValueError(3)
+                if status == 4:
+                    raise ValueError(4)
+                raise ValueError(5)
+            return destination[: len(positions)]
+
+        return decode
 
 
 class _Loader(FfcvLoader):
@@ -237,35 +313,21 @@ class BatchReader:
     Args:
         path: the beton, already checked.
         batch_size: number of samples of every batch but, perhaps, the last.
-        image_size: side of the square that colour images are decoded to; None where images are arrays.
-        image_share: side of the central square that is kept, as a share of the image's shorter side (colour only).
-        num_threads: threads that decode; never more than the CPUs this process may use, which FFCV would refuse.
+        image_size: side of the square that colour images are resized to; None where images are arrays.
+        target_is_array: is the target a vector of numbers and no class?
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        batch_size: int,
-        image_size: int | None,
-        image_share: float,
-        target_is_array: bool,
-        num_threads: int,
-    ) -> None:
-        image = (
-            NDArrayDecoder()
-            if image_size is None
-            else CenterCropRGBImageDecoder(output_size=(image_size, image_size), ratio=image_share)
-        )
+    def __init__(self, path: str, *, batch_size: int, image_size: int | None, target_is_array: bool) -> None:
+        image = NDArrayDecoder() if image_size is None else _RegionDecoder(image_size)
         target = NDArrayDecoder() if target_is_array else IntDecoder()
+        self._image_size = image_size
         torch_threads = torch.get_num_threads()
-        num_threads = min(num_threads, len(os.sched_getaffinity(0)))
         try:
             self._loader = _Loader(
                 path,
-                code_key=(None if image_size is None else image_share, target_is_array, num_threads > 1),
+                code_key=(image_size is None, target_is_array),
                 batch_size=batch_size,
-                num_workers=num_threads,
+                num_workers=1,  # of numba, which takes ten seconds to compile for more; our decoder has its own
                 os_cache=True,
                 seed=0,
                 pipelines={"image": [image], "target": [target], "index": [IntDecoder()]},
@@ -275,12 +337,18 @@ class BatchReader:
         finally:
             torch.set_num_threads(torch_threads)  # FFCV's constructor overwrites it
 
-    def read(self, order: NDArray[np.int64]) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    def read(
+        self, order: NDArray[np.int64], **settings: Any
+    ) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         """Yield (images, targets, indices) for consecutive runs of `batch_size` positions of `order`.
 
-        The arrays are views of a ring of buffers and hold until the next one is asked for. Whatever ends the
-        iteration, the reading thread is gone afterwards.
+        settings: of `native.SETTINGS`, but the size, for colour images. The arrays are views of a ring of buffers and hold until
+        the next one is asked for. Whatever ends the iteration, the reading thread is gone afterwards. DataError, naming the
+        sample, where one cannot be decoded.
         """
+        manager = self._loader.memory_manager
+        if self._image_size is not None:
+            manager.settings = native.settings(size=self._image_size, **settings).view(np.uint8)
         torch_threads = torch.get_num_threads()
         try:
             epoch = _Epoch(self._loader, order.astype(np.uint64))  # the type that FFCV compiles for
@@ -289,6 +357,13 @@ class BatchReader:
         try:
             yield from epoch
             if epoch.error is not None:
-                raise RuntimeError(f"reading {self._loader.fname} failed: {epoch.error}") from epoch.error
+                raise self._error(epoch.error) from epoch.error
         finally:
             epoch.stop()
+
+    def _error(self, error: BaseException) -> Exception:
+        reason = native.REASONS.get(error.args[0]) if isinstance(error, ValueError) and error.args else None
+        if reason is None:
+            return RuntimeError(f"reading {self._loader.fname} failed: {error}")
+        sample = int(self._loader.memory_manager.bad_sample[0])
+        return DataError(f"image {sample} of {self._loader.fname} is damaged, {reason}: write the data set again")

@@ -47,18 +47,3 @@ def shift(images: NDArray[np.uint8], indices: NDArray[np.int64], *, seed: int, e
     moved = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return np.ascontiguousarray(np.moveaxis(moved, -1, 1))
 
-
-def crop_flip(
-    images: NDArray[np.uint8], indices: NDArray[np.int64], *, size: int, seed: int, epoch: int
-) -> NDArray[np.uint8]:
-    """A crop from a random place of each image, mirrored with probability 1/2: uint8 (B, C, size, size)."""
-    height, width = images.shape[2:]
-    top = below(height - size + 1, indices, seed=seed, epoch=epoch, draw=0)
-    left = below(width - size + 1, indices, seed=seed, epoch=epoch, draw=1)
-    mirrored = below(2, indices, seed=seed, epoch=epoch, draw=2)
-    # Made in the layout of the input, where channels may be stored last, so that copies are of whole rows.
-    crops = np.empty_like(images[:, :, :size, :size])
-    for crop, image, y, x, mirror in zip(crops, images, top, left, mirrored, strict=True):
-        part = image[:, y : y + size, x : x + size]
-        crop[:] = part[:, :, ::-1] if mirror else part
-    return crops

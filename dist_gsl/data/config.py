@@ -17,7 +17,9 @@ class Augment(Enum):
     NONE = "none"
     """Nothing: as in evaluation."""
     CROP_FLIP = "crop-flip"
-    """The paper's for ImageNet: from a square of size * 256 / 224, a random crop of size x size, mirrored or not."""
+    """The paper's for ImageNet: of the central square, a square of 224/256 of its side from a random place, mirrored or not."""
+    RANDOM_RESIZED = "random-resized"
+    """From 8 to 100 % of the image's area, of a shape from 3:4 to 4:3, from a random place, mirrored or not."""
     SHIFT = "shift"
     """For characters: shifted by up to 2 pixels each way, the border repeated."""
 

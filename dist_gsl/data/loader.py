@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_gsl.data import augment as augmentation
-from dist_gsl.data import order
+from dist_gsl.data import native, order
 from dist_gsl.data.checking import check
 from dist_gsl.data.config import Augment
 from dist_gsl.data.info import BetonInfo, DataError, dataset_info
 
 DEFAULT_SIZE: Final = 224  # pixels, of colour images
+MIN_AREA: Final = 0.08
+"""Smallest share of an image's area that a random-resized crop keeps, as in torchvision and in Inception before it."""
+
+_CROPS: Final = {Augment.NONE: native.Crop.CENTRE, Augment.CROP_FLIP: native.Crop.SQUARE, Augment.RANDOM_RESIZED: native.Crop.RANDOM_RESIZED}
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,12 @@ class Loader:
 
         from dist_gsl.data._ffcv import BatchReader
 
-        decoded_size = None
-        if self._is_colour:
-            decoded_size = round(self.size * 256 / 224) if self.augment is Augment.CROP_FLIP else self.size
+        self._num_threads = num_threads
         self._reader = BatchReader(
             str(self.path),
             batch_size=self._share_of(batch_size),
-            image_size=decoded_size,
-            # A random crop needs the margin that evaluation cuts off.
-            image_share=1.0 if self.augment is Augment.CROP_FLIP else 224 / 256,
+            image_size=self.size if self._is_colour else None,
             target_is_array=self.info.num_targets > 0,
-            num_threads=num_threads,
         )
 
     @property
@@ -162,7 +161,11 @@ class Loader:
             start_step=self._start_step,
         )
         wanted = np.concatenate([np.empty(0, np.int64), *batches])
-        for images, targets, indices in self._reader.read(wanted):
+        regions = {
+            "crop": _CROPS[self.augment], "seed": self.seed, "epoch": epoch, "num_threads": self._num_threads, "share": 224 / 256,
+            "min_area": MIN_AREA, "max_area": 1.0, "min_ratio": 3 / 4, "max_ratio": 4 / 3,
+        } if self._is_colour else {}  # fmt: skip
+        for images, targets, indices in self._reader.read(wanted, **regions):
             yield self._batch(images, targets, indices[:, 0], epoch=epoch)
 
     @property
@@ -185,11 +188,8 @@ class Loader:
         targets = targets.copy() if self.info.num_targets else targets[:, 0].copy()
         if self._is_colour:
             images = images.transpose(0, 3, 1, 2)  # decoded as (B, H, W, C)
-        match self.augment:
-            case Augment.SHIFT:
-                images = augmentation.shift(images, indices, seed=self.seed, epoch=epoch)
-            case Augment.CROP_FLIP:
-                images = augmentation.crop_flip(images, indices, size=self.size, seed=self.seed, epoch=epoch)
+        if self.augment is Augment.SHIFT:
+            images = augmentation.shift(images, indices, seed=self.seed, epoch=epoch)
         # Bytes travel, a quarter of the floats: in one call, `to` would convert before it copies.
         levels = torch.from_numpy(images).to(self.device).to(torch.float32)
         normalised = levels.sub_(self._mean).div_(self._std).contiguous(memory_format=self._memory_format)
@@ -222,13 +222,13 @@ class Loader:
     def _checked_size(self, size: int | None) -> int:
         if self._is_colour:
             if self.augment is Augment.SHIFT:
-                raise ValueError("augmentation 'shift' is for grey characters: choose 'crop-flip' or 'none'")
+                raise ValueError("augmentation 'shift' is for grey characters: choose 'crop-flip', 'random-resized' or 'none'")
             size = DEFAULT_SIZE if size is None else size
             if size < 8:
                 raise ValueError(f"size must be at least 8 pixels, not {size}")
             return size
-        if self.augment is Augment.CROP_FLIP:
-            raise ValueError("augmentation 'crop-flip' is for colour images: choose 'shift' or 'none'")
+        if self.augment not in (Augment.NONE, Augment.SHIFT):
+            raise ValueError(f"augmentation {self.augment.value!r} is for colour images: choose 'shift' or 'none'")
         stored = self._beton.height
         if self._beton.width != stored:
             raise DataError(f"the images of {self.path} are not square: write the data set again")

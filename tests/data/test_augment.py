@@ -1,7 +1,6 @@
 """Augmentation against slow and obvious versions of it."""
 
 import numpy as np
-import pytest
 from scipy import stats
 
 from dist_gsl.data import augment
@@ -20,34 +19,6 @@ def test_shift_equals_padding_and_cropping() -> None:
         assert len(matches) == 1
         places.add(matches[0])
     assert len(places) == 25
-
-
-def test_crop_flip_is_a_crop_perhaps_mirrored() -> None:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (300, 3, 10, 10), dtype=np.uint8)
-    crops = augment.crop_flip(images, np.arange(300), size=8, seed=1, epoch=2)
-    assert crops.shape == (300, 3, 8, 8)
-    found = set()
-    for image, crop in zip(images, crops, strict=True):
-        matches = [
-            (y, x, mirrored)
-            for y in range(3)
-            for x in range(3)
-            for mirrored in (False, True)
-            if (image[:, y : y + 8, x : x + 8][:, :, :: -1 if mirrored else 1] == crop).all()
-        ]
-        assert len(matches) == 1
-        found.add(matches[0])
-    assert len(found) == 18
-
-
-@pytest.mark.parametrize("layout", ["channels first", "channels last"])
-def test_crop_flip_does_not_depend_on_layout(layout: str) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (20, 3, 10, 10), dtype=np.uint8)
-    wanted = augment.crop_flip(images, np.arange(20), size=7, seed=0, epoch=0)
-    if layout == "channels last":
-        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(augment.crop_flip(images, np.arange(20), size=7, seed=0, epoch=0), wanted)
 
 
 def test_pixels_depend_on_the_sample_and_not_on_the_batch() -> None:

@@ -1,0 +1,417 @@
+// Decodes a batch of a beton's colour images: the wanted region only, resized, mirrored, checked.
+//
+// A JPEG is decoded from the top of the region to its bottom: rows above are skipped without their inverse transform, rows
+// below are never read, columns outside are left out. With a pixel more on each side the result is, bit for bit, the region
+// of the whole decoded image. Where the region is at least twice the output in both directions, it is decoded at half the
+// scale, a quarter, an eighth, which the transform gives for less. Resizing is by the triangle filter whose support grows
+// with the reduction, as in Pillow and in torchvision with antialias.
+//
+// Plain C functions, called through ctypes and numba; no Python inside, so any number of threads may run.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+extern "C" {
+#include <jpeglib.h>
+#include <zlib.h>
+}
+
+namespace {
+
+enum Status : int32_t { kGood = 0, kOutside = 1, kChecksum = 2, kBadJpeg = 3, kWrongSize = 4, kNotRgb = 5 };
+enum Mode : uint8_t { kJpeg = 0, kRaw = 1 };  // as FFCV numbers them
+
+// How the region of an image is chosen. The same numbers as in `augment.py`.
+enum Crop : uint64_t { kCentre = 0, kCropFlip = 1, kRandomResized = 2 };
+
+#pragma pack(push, 1)
+struct Row {  // FFCV's metadata of an RGB image
+    uint8_t mode;
+    uint16_t width, height;
+    uint64_t offset;
+};
+#pragma pack(pop)
+
+struct Settings {
+    uint64_t crop, seed, epoch, size, num_threads, verify;
+    double share;                 // of the shorter side, that the central square has
+    double min_area, max_area;    // shares of the image's area
+    double min_ratio, max_ratio;  // width / height
+};
+
+struct Region {
+    uint32_t x, y, width, height;
+    bool mirrored;
+};
+
+// --- random numbers: SplitMix64's finaliser over seed, epoch, number of the draw, and sample, as in `augment.py`
+
+uint64_t mixed(uint64_t bits) {
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
+    return bits ^ (bits >> 31);
+}
+
+uint64_t hashed(const Settings& settings, uint64_t sample, uint64_t draw) {
+    constexpr uint64_t golden = 0x9E3779B97F4A7C15u;
+    uint64_t bits = 0;
+    for (uint64_t word : {settings.seed, settings.epoch, draw, sample}) bits = mixed(bits + word + golden);
+    return bits;
+}
+
+double uniform(const Settings& settings, uint64_t sample, uint64_t draw) {  // in [0, 1)
+    return static_cast<double>(hashed(settings, sample, draw) >> 11) * 0x1p-53;
+}
+
+uint32_t below(uint32_t bound, const Settings& settings, uint64_t sample, uint64_t draw) {  // 0 .. bound - 1
+    return static_cast<uint32_t>((hashed(settings, sample, draw) >> 32) * bound >> 32);
+}
+
+// --- regions
+
+Region centre(const Settings& settings, uint32_t width, uint32_t height) {
+    const uint32_t side = std::max<uint32_t>(1, static_cast<uint32_t>(settings.share * std::min(width, height)));
+    return {(width - side) / 2, (height - side) / 2, side, side, false};
+}
+
+Region crop_flip(const Settings& settings, uint64_t sample, uint32_t width, uint32_t height) {
+    const uint32_t shorter = std::min(width, height);
+    const uint32_t side = std::max<uint32_t>(1, static_cast<uint32_t>(settings.share * shorter));
+    const uint32_t top = below(shorter - side + 1, settings, sample, 0), left = below(shorter - side + 1, settings, sample, 1);
+    const bool mirrored = below(2, settings, sample, 2) != 0;
+    return {(width - shorter) / 2 + left, (height - shorter) / 2 + top, side, side, mirrored};
+}
+
+// torchvision's RandomResizedCrop, drawn from hashes: ten attempts, then the largest central region of an allowed shape.
+Region random_resized(const Settings& settings, uint64_t sample, uint32_t width, uint32_t height) {
+    const double area = static_cast<double>(width) * height;
+    const double low = std::log(settings.min_ratio), high = std::log(settings.max_ratio);
+    const bool mirrored = below(2, settings, sample, 2) != 0;
+    for (uint64_t attempt = 0; attempt < 10; ++attempt) {
+        const uint64_t draw = 4 * (attempt + 1);
+        const double target =
+            area * (settings.min_area + (settings.max_area - settings.min_area) * uniform(settings, sample, draw));
+        const double ratio = std::exp(low + (high - low) * uniform(settings, sample, draw + 1));
+        const auto w = static_cast<uint32_t>(std::lrint(std::sqrt(target * ratio)));
+        const auto h = static_cast<uint32_t>(std::lrint(std::sqrt(target / ratio)));
+        if (w >= 1 && w <= width && h >= 1 && h <= height) {
+            return {below(width - w + 1, settings, sample, draw + 2), below(height - h + 1, settings, sample, draw + 3), w, h,
+                    mirrored};
+        }
+    }
+    uint32_t w = width, h = height;
+    const double ratio = static_cast<double>(width) / height;
+    if (ratio < settings.min_ratio) h = std::max<uint32_t>(1, static_cast<uint32_t>(std::lrint(w / settings.min_ratio)));
+    if (ratio > settings.max_ratio) w = std::max<uint32_t>(1, static_cast<uint32_t>(std::lrint(h * settings.max_ratio)));
+    return {(width - w) / 2, (height - h) / 2, w, h, mirrored};
+}
+
+Region region_of(const Settings& settings, uint64_t sample, uint32_t width, uint32_t height) {
+    switch (settings.crop) {
+        case kCropFlip: return crop_flip(settings, sample, width, height);
+        case kRandomResized: return random_resized(settings, sample, width, height);
+        default: return centre(settings, width, height);
+    }
+}
+
+// --- JPEG
+
+struct Failure {
+    jpeg_error_mgr manager;
+    std::jmp_buf jump;
+};
+
+[[noreturn]] void fail(j_common_ptr info) { std::longjmp(reinterpret_cast<Failure*>(info->err)->jump, 1); }
+
+void count_warning(j_common_ptr info, int level) {
+    if (level < 0) ++info->err->num_warnings;
+}
+
+void say_nothing(j_common_ptr) {}
+
+// What a thread keeps between images.
+struct Scratch {
+    std::vector<uint8_t> row, pixels, columns;
+    std::vector<int32_t> first, count;
+    std::vector<int16_t> weights;
+};
+
+// Where the pixels of a region are: `scale` of the image's own pixels go into one of these.
+struct Pixels {
+    const uint8_t* data;
+    uint32_t width, height;
+    size_t stride;
+    double left, top, right, bottom;  // the region within them
+};
+
+Status decode_jpeg(const uint8_t* data, uint64_t num_bytes, const Row& row, const Region& region, uint32_t size, Scratch& scratch,
+                   Pixels& pixels) {
+    jpeg_decompress_struct info;
+    Failure failure;
+    info.err = jpeg_std_error(&failure.manager);
+    failure.manager.error_exit = fail;
+    failure.manager.emit_message = count_warning;
+    failure.manager.output_message = say_nothing;
+    if (setjmp(failure.jump)) {  // nothing below may own memory: it would not be freed
+        jpeg_destroy_decompress(&info);
+        return kBadJpeg;
+    }
+    jpeg_create_decompress(&info);
+    jpeg_mem_src(&info, const_cast<uint8_t*>(data), num_bytes);
+    jpeg_read_header(&info, TRUE);
+    if (info.image_width != row.width || info.image_height != row.height) {
+        jpeg_destroy_decompress(&info);
+        return kWrongSize;
+    }
+    if (info.jpeg_color_space != JCS_YCbCr && info.jpeg_color_space != JCS_RGB && info.jpeg_color_space != JCS_GRAYSCALE) {
+        jpeg_destroy_decompress(&info);
+        return kNotRgb;
+    }
+    uint32_t scale = 1;
+    while (scale < 8 && region.width >= 2 * scale * size && region.height >= 2 * scale * size) scale *= 2;
+    info.out_color_space = JCS_RGB;
+    info.scale_num = 1;
+    info.scale_denom = scale;
+    jpeg_start_decompress(&info);
+
+    // A pixel more on each side, of which the decoder interpolates chroma; then outwards to whole pixels of the scale.
+    const uint32_t left = region.x / scale, top = region.y / scale;
+    const uint32_t right = std::min<uint32_t>(info.output_width, (region.x + region.width + scale - 1) / scale);
+    const uint32_t bottom = std::min<uint32_t>(info.output_height, (region.y + region.height + scale - 1) / scale);
+    JDIMENSION start = left > 0 ? left - 1 : 0, width = std::min<uint32_t>(info.output_width, right + 1) - start;
+    if (width < info.output_width) jpeg_crop_scanline(&info, &start, &width);
+    pixels = {scratch.pixels.data(), right - left, bottom - top, size_t{3} * (right - left),
+              static_cast<double>(region.x) / scale - left, static_cast<double>(region.y) / scale - top,
+              static_cast<double>(region.x + region.width) / scale - left,
+              static_cast<double>(region.y + region.height) / scale - top};
+    // libjpeg's cropping of columns moves them; rows are skipped to the region's first.
+    if (top > 0) jpeg_skip_scanlines(&info, top);
+    JSAMPROW line = scratch.row.data();
+    uint8_t* out = scratch.pixels.data();
+    for (uint32_t y = top; y < bottom; ++y, out += pixels.stride) {
+        if (jpeg_read_scanlines(&info, &line, 1) != 1) break;
+        std::memcpy(out, line + size_t{3} * (left - start), pixels.stride);
+    }
+    const bool is_bad = info.err->num_warnings > 0 || info.output_scanline < bottom;
+    jpeg_abort_decompress(&info);
+    jpeg_destroy_decompress(&info);
+    return is_bad ? kBadJpeg : kGood;
+}
+
+// --- resizing
+
+constexpr int kBits = 14;  // of a weight: 1.0 fits 16 bits with its sign, and any sum 32
+constexpr int32_t kHalf = 1 << (kBits - 1);
+
+// For each of `size` outputs over [low, high): its first input, how many, and their weights, `taps` a piece.
+int filter(double low, double high, uint32_t num_inputs, uint32_t size, Scratch& scratch) {
+    const double scale = (high - low) / size, support = std::max(1.0, scale);
+    const int taps = static_cast<int>(std::ceil(support)) * 2 + 2;  // even, with a zero after an odd number
+    scratch.first.resize(size);
+    scratch.count.resize(size);
+    scratch.weights.assign(size_t{size} * taps, 0);
+    std::vector<double> exact(taps);
+    for (uint32_t i = 0; i < size; ++i) {
+        const double middle = low + (i + 0.5) * scale;
+        const int begin = std::max(0, static_cast<int>(middle - support + 0.5));
+        const int end = std::min(static_cast<int>(num_inputs), static_cast<int>(middle + support + 0.5));
+        double total = 0;
+        for (int k = begin; k < end; ++k) {
+            exact[k - begin] = std::max(0.0, 1.0 - std::abs((k - middle + 0.5) / support));
+            total += exact[k - begin];
+        }
+        int left = 1 << kBits, largest = 0;
+        int16_t* weights = &scratch.weights[size_t{i} * taps];
+        for (int k = 0; k < end - begin; ++k) {
+            weights[k] = static_cast<int16_t>(std::lrint(exact[k] / total * (1 << kBits)));
+            left -= weights[k];
+            if (weights[k] > weights[largest]) largest = k;
+        }
+        weights[largest] = static_cast<int16_t>(weights[largest] + left);  // so that white stays white
+        scratch.first[i] = begin;
+        scratch.count[i] = end - begin;
+    }
+    return taps;
+}
+
+// out[i] = sum over k of weights[k] * lines[k * stride + i], for i in [0, num_bytes).
+void sum_rows_plain(const uint8_t* lines, size_t stride, const int16_t* weights, int count, size_t begin, size_t num_bytes, uint8_t* out) {
+    for (size_t i = begin; i < num_bytes; ++i) {
+        int32_t sum = kHalf;
+        for (int k = 0; k < count; ++k) sum += lines[k * stride + i] * weights[k];
+        out[i] = static_cast<uint8_t>(sum >> kBits);
+    }
+}
+
+void sum_pixels_plain(const uint8_t* from, const int16_t* weights, int count, uint8_t* pixel) {
+    int32_t red = kHalf, green = kHalf, blue = kHalf;
+    for (int k = 0; k < count; ++k, from += 3) {
+        red += from[0] * weights[k];
+        green += from[1] * weights[k];
+        blue += from[2] * weights[k];
+    }
+    pixel[0] = static_cast<uint8_t>(red >> kBits);
+    pixel[1] = static_cast<uint8_t>(green >> kBits);
+    pixel[2] = static_cast<uint8_t>(blue >> kBits);
+}
+
+#if defined(__x86_64__)
+// The same sums, two terms in one multiplication. Weights are padded by a zero to an even number.
+
+__attribute__((target("ssse3"))) void sum_rows(const uint8_t* lines, size_t stride, const int16_t* weights, int count, size_t num_bytes,
+                                              uint8_t* out) {
+    const __m128i zero = _mm_setzero_si128();
+    size_t i = 0;
+    for (; i + 16 <= num_bytes; i += 16) {
+        __m128i sums[4];
+        for (auto& sum : sums) sum = _mm_set1_epi32(kHalf);
+        for (int k = 0; k < count; k += 2) {
+            const uint8_t* line = lines + k * stride + i;
+            const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
+            const __m128i two = k + 1 < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(line + stride)) : zero;
+            const __m128i pair = _mm_set1_epi32(static_cast<uint16_t>(weights[k]) | static_cast<int32_t>(weights[k + 1]) << 16);
+            const __m128i low = _mm_unpacklo_epi8(one, two), high = _mm_unpackhi_epi8(one, two);
+            sums[0] = _mm_add_epi32(sums[0], _mm_madd_epi16(_mm_unpacklo_epi8(low, zero), pair));
+            sums[1] = _mm_add_epi32(sums[1], _mm_madd_epi16(_mm_unpackhi_epi8(low, zero), pair));
+            sums[2] = _mm_add_epi32(sums[2], _mm_madd_epi16(_mm_unpacklo_epi8(high, zero), pair));
+            sums[3] = _mm_add_epi32(sums[3], _mm_madd_epi16(_mm_unpackhi_epi8(high, zero), pair));
+        }
+        for (auto& sum : sums) sum = _mm_srai_epi32(sum, kBits);
+        const __m128i bytes = _mm_packus_epi16(_mm_packs_epi32(sums[0], sums[1]), _mm_packs_epi32(sums[2], sums[3]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bytes);
+    }
+    sum_rows_plain(lines, stride, weights, count, i, num_bytes, out);
+}
+
+// `from` is read up to 8 bytes from its last pair of pixels, `pixel` written up to 4 bytes.
+__attribute__((target("ssse3"))) void sum_pixels(const uint8_t* from, const int16_t* weights, int count, uint8_t* pixel) {
+    const __m128i pairs = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
+    __m128i sum = _mm_set1_epi32(kHalf);
+    for (int k = 0; k < count; k += 2, from += 6) {
+        const __m128i two = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), pairs);
+        int32_t both;
+        std::memcpy(&both, weights + k, sizeof both);
+        sum = _mm_add_epi32(sum, _mm_madd_epi16(two, _mm_set1_epi32(both)));
+    }
+    sum = _mm_srai_epi32(sum, kBits);
+    const int32_t bytes = _mm_cvtsi128_si32(_mm_packus_epi16(_mm_packs_epi32(sum, sum), sum));
+    std::memcpy(pixel, &bytes, 3);
+}
+
+const bool has_ssse3 = __builtin_cpu_supports("ssse3");
+#else
+constexpr bool has_ssse3 = false;
+void sum_rows(const uint8_t*, size_t, const int16_t*, int, size_t, uint8_t*) {}
+void sum_pixels(const uint8_t*, const int16_t*, int, uint8_t*) {}
+#endif
+
+// Rows first, so that fewer are left for the columns, where each pixel is a sum of its own.
+void resize(const Pixels& pixels, uint32_t size, bool mirrored, uint8_t* out, Scratch& scratch) {
+    const size_t row_bytes = size_t{3} * pixels.width;
+    scratch.columns.resize(row_bytes * size + 8);
+    int taps = filter(pixels.top, pixels.bottom, pixels.height, size, scratch);
+    for (uint32_t y = 0; y < size; ++y) {
+        const uint8_t* lines = pixels.data + scratch.first[y] * pixels.stride;
+        const int16_t* weights = &scratch.weights[size_t{y} * taps];
+        uint8_t* to = &scratch.columns[y * row_bytes];
+        if (has_ssse3) sum_rows(lines, pixels.stride, weights, scratch.count[y], row_bytes, to);
+        else sum_rows_plain(lines, pixels.stride, weights, scratch.count[y], 0, row_bytes, to);
+    }
+    taps = filter(pixels.left, pixels.right, pixels.width, size, scratch);
+    for (uint32_t y = 0; y < size; ++y) {
+        const uint8_t* line = &scratch.columns[y * row_bytes];
+        uint8_t* to = out + size_t{3} * size * y;
+        for (uint32_t x = 0; x < size; ++x) {
+            const uint8_t* from = line + size_t{3} * scratch.first[x];
+            const int16_t* weights = &scratch.weights[size_t{x} * taps];
+            uint8_t* pixel = to + size_t{3} * (mirrored ? size - 1 - x : x);
+            if (has_ssse3) sum_pixels(from, weights, scratch.count[x], pixel);
+            else sum_pixels_plain(from, weights, scratch.count[x], pixel);
+        }
+    }
+}
+
+Status decode_one(const uint8_t* file, uint64_t file_bytes, const Row& row, uint64_t num_bytes, const uint32_t* checksum,
+                  uint64_t sample, const Settings& settings, uint8_t* out, Scratch& scratch) {
+    if (row.width == 0 || row.height == 0 || row.offset > file_bytes || num_bytes > file_bytes - row.offset) return kOutside;
+    const uint8_t* data = file + row.offset;
+    if (checksum != nullptr && crc32_z(0, data, num_bytes) != *checksum) return kChecksum;
+    const Region region = region_of(settings, sample, row.width, row.height);
+    const auto size = static_cast<uint32_t>(settings.size);
+    Pixels pixels;
+    if (row.mode == kRaw) {
+        const size_t stride = size_t{3} * row.width;
+        if (num_bytes != stride * row.height) return kWrongSize;
+        pixels = {data + region.y * stride + size_t{3} * region.x, region.width, region.height, stride, 0.0, 0.0,
+                  static_cast<double>(region.width), static_cast<double>(region.height)};
+    } else {
+        scratch.row.resize(size_t{3} * row.width + 256);
+        scratch.pixels.resize(size_t{3} * row.width * row.height);
+        if (const Status status = decode_jpeg(data, num_bytes, row, region, size, scratch, pixels)) return status;
+    }
+    resize(pixels, size, region.mirrored, out, scratch);
+    return kGood;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Changes with the functions below, so that code which calls an older library says so.
+int32_t dist_gsl_decode_version() { return 1; }
+
+// Decodes samples `positions[0..count)` to `out`, uint8 (count, size, size, 3). `rows` is the first of FFCV's metadata rows,
+// `row_stride` bytes apart; `sizes` is by sample, and so are `checksums`, read where the settings say to verify. Returns 0; or
+// the status of the first sample of the batch that is not good, which is then in `bad_sample`.
+int32_t dist_gsl_decode(const uint8_t* file, uint64_t file_bytes, const uint8_t* rows, uint64_t row_stride, const uint64_t* sizes,
+                        const uint32_t* checksums, const uint64_t* positions, uint64_t count, const Settings* settings,
+                        uint8_t* out, uint64_t* bad_sample) {
+    const size_t image_bytes = size_t{3} * settings->size * settings->size;
+    std::atomic<uint64_t> next{0};
+    std::vector<int32_t> statuses(count, kGood);
+    auto work = [&] {
+        Scratch scratch;
+        for (uint64_t i = next++; i < count; i = next++) {
+            const uint64_t sample = positions[i];
+            Row row;
+            std::memcpy(&row, rows + sample * row_stride, sizeof row);
+            statuses[i] = decode_one(file, file_bytes, row, sizes[sample], settings->verify ? checksums + sample : nullptr, sample, *settings,
+                                     out + i * image_bytes, scratch);
+        }
+    };
+    std::vector<std::thread> others;
+    for (uint64_t i = 1; i < std::min<uint64_t>(settings->num_threads, count); ++i) others.emplace_back(work);
+    work();
+    for (auto& other : others) other.join();
+    for (uint64_t i = 0; i < count; ++i) {
+        if (statuses[i] != kGood) {
+            *bad_sample = positions[i];
+            return statuses[i];
+        }
+    }
+    return kGood;
+}
+
+// The region that would be read of a sample: x, y, width, height, and whether it is mirrored.
+void dist_gsl_region(const Settings* settings, uint64_t sample, uint32_t width, uint32_t height, uint32_t* region) {
+    const Region chosen = region_of(*settings, sample, width, height);
+    region[0] = chosen.x;
+    region[1] = chosen.y;
+    region[2] = chosen.width;
+    region[3] = chosen.height;
+    region[4] = chosen.mirrored ? 1 : 0;
+}
+
+}  // extern "C"
