@@ -242,11 +242,10 @@ def read_image(path: str | Path, preprocessing: Preprocessing) -> Tensor:
     except Exception as error:  # PIL's decoders raise nearly anything on broken bytes
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else _line(error)
         raise ValueError(f"image {path} cannot be read ({reason}): give an image file, such as PNG or JPEG") from error
-    size, side = preprocessing.size, min(image.size) * preprocessing.crop
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    # The mean over the area when shrinking, as the loader does.
-    kind = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
-    image = image.resize((size, size), kind, box=(left, top, left + side, top + side))
+    size, side = preprocessing.size, max(1, int(min(image.size) * preprocessing.crop))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # The same square by the same filter as the loader's, which grows with the reduction.
+    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
     levels = torch.from_numpy(np.array(image, np.float32)).view(size, size, -1).permute(2, 0, 1)
     mean, std = (torch.tensor(v).view(-1, 1, 1) * 255 for v in (preprocessing.mean, preprocessing.std))
     return (levels - mean) / std

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from dist_gsl.launch import Listener
 
@@ -140,6 +150,13 @@ def _quality(record: dict[str, Any]) -> str:
     return f"top-1 {record['val_top1']:.2f} %" if "val_top1" in record else f"rmse {record['val_rmse']:.4f}"
 
 
+class _Rate(ProgressColumn):
+    """So many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f}/s", style="progress.data.speed")
+
+
 class Steps:
     """Progress of work that counts: `with Steps(console) as steps: steps(what, done, total)`; a bar on a terminal, a
     line at the start elsewhere."""
@@ -160,6 +177,7 @@ class Steps:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                _Rate(),
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,

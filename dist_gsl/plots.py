@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from dist_gsl.data import DatasetInfo
+
 History = Sequence[Mapping[str, Any]]
 """One record an epoch: "epoch", "train_loss", "val_loss", "val_top1" (or "val_rmse"), "beta_factor", "neurons",
 "all_neurons", "alive" {layer: neurons}, ..."""
@@ -49,6 +51,61 @@ def write_plots(
             if draw is not None:
                 files.append(_save(draw(), directory / f"{name}.png"))
     return files
+
+
+def data_sheet(info: DatasetInfo, directory: Path, file: Path) -> Path:
+    """Draw a written data set: images of train as the network gets them with their targets, and how many each class has.
+
+    DataError where the file is damaged.
+    """
+    import matplotlib as mpl
+
+    images, labels = _samples(info, directory)
+    with mpl.rc_context(_style()):
+        return _save(_sheet_figure(info, images, labels), file)
+
+
+_SHEET_COLUMNS, _SHEET_ROWS = 10, 5
+
+
+def _samples(info: DatasetInfo, directory: Path) -> tuple[list[Any], list[str]]:
+    """Some images of train, (H, W, 3) or (H, W) in 0..1, and what each is."""
+    import numpy as np
+
+    from dist_gsl.data import Loader
+
+    split = info.splits["train"]
+    count = min(split.num_samples, _SHEET_COLUMNS * _SHEET_ROWS)
+    size = 112 if info.channels == 3 else None
+    loader = Loader(directory / split.file, batch_size=count, train=True, size=size)
+    batch = next(iter(loader))
+    mean, std = (np.array(values)[:, None, None] for values in (info.mean, info.std))
+    levels = (batch.images.numpy() * std + mean).clip(0, 1)
+    targets = batch.targets.tolist()
+    labels = [info.classes[t] if info.classes else ", ".join(f"{value:.2f}" for value in t) for t in targets]
+    return [image.transpose(1, 2, 0) if info.channels == 3 else image[0] for image in levels], labels
+
+
+def _sheet_figure(info: DatasetInfo, images: Sequence[Any], labels: Sequence[str]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8.2 if info.classes else 6.2), layout="constrained")
+    sheet, *rest = figure.subfigures(2 if info.classes else 1, 1, height_ratios=[5, 1.7] if info.classes else [1], squeeze=False)[:, 0]
+    sheet.suptitle(f"{info.source}: samples of train")
+    for axes in sheet.subplots(_SHEET_ROWS, _SHEET_COLUMNS).flat:
+        axes.set_axis_off()
+    for axes, image, label in zip(sheet.axes, images, labels, strict=False):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+        axes.set_title(label if len(label) <= 14 else label[:13] + "…", fontsize=7, fontweight="normal", loc="center", pad=2)
+    for part in rest:
+        axes = part.subplots()
+        for name, split in info.splits.items():
+            axes.plot(sorted(split.class_counts, reverse=True), label=name, drawstyle="steps-mid")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("classes, the largest first")
+        axes.set_ylabel("images")
+        axes.legend()
+    return figure
 
 
 def write_front(

@@ -4,9 +4,9 @@ ffcv is imported only by `write`, `check` and `Loader` when they are called.
 """
 
 from dist_gsl.data.beton import write
-from dist_gsl.data.checking import check
+from dist_gsl.data.checking import check, decode_all
 from dist_gsl.data.config import Augment, DataConfig
-from dist_gsl.data.info import BetonInfo, DataError, DatasetInfo, SplitInfo, dataset_info
+from dist_gsl.data.info import BetonInfo, DataError, DatasetInfo, Skipped, SplitInfo, dataset_info
 from dist_gsl.data.loader import Batch, Loader
 from dist_gsl.data.preparing import prepare
 from dist_gsl.data.sources import SOURCES, Task
@@ -20,10 +20,12 @@ __all__ = [
     "DataError",
     "DatasetInfo",
     "Loader",
+    "Skipped",
     "SplitInfo",
     "Task",
     "check",
     "dataset_info",
+    "decode_all",
     "prepare",
     "write",
 ]

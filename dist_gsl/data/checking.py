@@ -2,15 +2,16 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from dist_gsl.data.info import DESCRIPTION, BetonInfo, DataError, SplitInfo, dataset_info
+from dist_gsl.data.info import DESCRIPTION, SMALLEST_PAGE, BetonInfo, DataError, SplitInfo, dataset_info
 
-_SMALLEST_PAGE: Final = 1 << 21
 _HASH_BYTES: Final = 1 << 22
+_JPEG: Final = 0  # as FFCV numbers it
 
 
 def check(path: str | Path, *, full: bool = False) -> BetonInfo:
@@ -39,10 +40,48 @@ def check(path: str | Path, *, full: bool = False) -> BetonInfo:
         )
     if not full:
         return info
+    verify(path)
     digest = sha256_of(path)
     if described is not None and described.sha256 != digest:
         raise DataError(f"{path} is damaged: its sha256 is not that in {DESCRIPTION}; write the data set again")
     return BetonInfo(**{**vars(info), "sha256": digest})
+
+
+def verify(path: Path) -> None:
+    """Check every sample of a beton against its checksum. Raises DataError with the number of the first that is damaged."""
+    from dist_gsl.data import _ffcv, native
+
+    stored = _ffcv.Stored(_ffcv.Reader(str(path)))
+    content = np.memmap(path, np.uint8, mode="r")
+    bad, settings = np.zeros(1, np.uint64), native.settings(**stored.settings)
+    status = native.library().dist_gsl_verify(
+        content.ctypes.data, content.size, stored.rows.ctypes.data, stored.rows.strides[0], stored.image_sizes.ctypes.data, 0,
+        len(stored.rows), stored.is_colour, settings.ctypes.data, bad.ctypes.data,
+    )  # fmt: skip
+    if status != 0:
+        raise damaged(path, int(bad[0]), native.REASONS[status])
+
+
+def decode_all(path: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Decode every JPEG of a beton. Raises DataError with the number of the first that cannot be decoded."""
+    from dist_gsl.data import _ffcv, native
+
+    stored = _ffcv.Stored(_ffcv.Reader(str(path)))
+    content = np.memmap(path, np.uint8, mode="r")
+    for sample, size in enumerate(stored.image_sizes):
+        row = stored.rows["f0"][sample]
+        if stored.is_colour and row["mode"] == _JPEG:
+            start = int(row["data_ptr"])
+            try:
+                native.decode_jpeg(content[start : start + int(size)].tobytes())
+            except ValueError as error:
+                raise damaged(path, sample, str(error)) from error
+        if sample % 256 == 255 or sample + 1 == len(stored.rows):
+            progress(sample + 1, len(stored.rows))
+
+
+def damaged(path: str | Path, sample: int, reason: str) -> DataError:
+    return DataError(f"image {sample} of {path} is damaged, {reason}: write the data set again")
 
 
 def read_layout(path: Path, num_bytes: int) -> BetonInfo:
@@ -58,7 +97,7 @@ def read_layout(path: Path, num_bytes: int) -> BetonInfo:
     version, num_fields, page_size = int(header["version"]), int(header["num_fields"]), int(header["page_size"])
     if version != _ffcv.CURRENT_VERSION:
         raise broken(f"is not a beton of version {_ffcv.CURRENT_VERSION} (its first bytes say {version})")
-    if num_fields == 0 or page_size < _SMALLEST_PAGE or page_size & (page_size - 1):
+    if num_fields == 0 or page_size < SMALLEST_PAGE or page_size & (page_size - 1):
         raise broken("is not a beton, its header makes no sense")
     num_samples, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
     fields_end = header_bytes + num_fields * _ffcv.FieldDescType.itemsize

@@ -1,14 +1,16 @@
 """What is known of a data set on disk: the description beside its files, and what a file's own header says."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from dist_gsl.data.sources import Task
 
 DESCRIPTION: Final = "dataset.json"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+SMALLEST_PAGE: Final = 1 << 21
+"""Bytes of the smallest page that FFCV knows."""
 
 
 class DataError(ValueError):
@@ -37,6 +39,14 @@ class BetonInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An image of the source that is not in the file."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitInfo:
     """One file of a data set."""
 
@@ -44,6 +54,9 @@ class SplitInfo:
     num_samples: int
     num_bytes: int
     sha256: str
+    class_counts: tuple[int, ...]
+    """Samples of each class; empty for regression."""
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +99,7 @@ class DatasetInfo:
             "size": self.size,
             "mean": self.mean,
             "std": self.std,
-            "splits": {name: vars(split) for name, split in self.splits.items()},
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
             "settings": self.settings,
         }
         return json.dumps(content, indent=2) + "\n"
@@ -104,9 +117,14 @@ class DatasetInfo:
                 "classes": tuple(content["classes"]),
                 "mean": tuple(content["mean"]),
                 "std": tuple(content["std"]),
-                "splits": {name: SplitInfo(**split) for name, split in content["splits"].items()},
+                "splits": {name: _split_info(split) for name, split in content["splits"].items()},
             }
         )
+
+
+def _split_info(content: dict[str, Any]) -> SplitInfo:
+    skipped = tuple(Skipped(**each) for each in content["skipped"])
+    return SplitInfo(**{**content, "class_counts": tuple(content["class_counts"]), "skipped": skipped})
 
 
 def dataset_info(directory: str | Path) -> DatasetInfo:

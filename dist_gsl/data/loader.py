@@ -58,6 +58,7 @@ class Loader:
         num_threads: threads that decode.
         device: where the batches go.
         channels_last: memory format of the images.
+        verify: check each sample against its checksum as it is read; what that costs is in ``benchmarks/README.md``.
 
     Colour images in evaluation are the central square of 224 / 256 of the shorter side, resized.
 
@@ -80,6 +81,7 @@ class Loader:
         num_threads: int = 1,
         device: str | torch.device = "cpu",
         channels_last: bool = False,
+        verify: bool = True,
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
@@ -113,12 +115,13 @@ class Loader:
 
         from dist_gsl.data._ffcv import BatchReader
 
-        self._num_threads = num_threads
+        self._num_threads, self._verify = num_threads, verify
         self._reader = BatchReader(
             str(self.path),
             batch_size=self._share_of(batch_size),
             image_size=self.size if self._is_colour else None,
             target_is_array=self.info.num_targets > 0,
+            has_checksum="checksum" in self._beton.fields,
         )
 
     @property
@@ -165,7 +168,7 @@ class Loader:
             "crop": _CROPS[self.augment], "seed": self.seed, "epoch": epoch, "num_threads": self._num_threads, "share": 224 / 256,
             "min_area": MIN_AREA, "max_area": 1.0, "min_ratio": 3 / 4, "max_ratio": 4 / 3,
         } if self._is_colour else {}  # fmt: skip
-        for images, targets, indices in self._reader.read(wanted, **regions):
+        for images, targets, indices in self._reader.read(wanted, verify=self._verify, **regions):
             yield self._batch(images, targets, indices[:, 0], epoch=epoch)
 
     @property

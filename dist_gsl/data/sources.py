@@ -18,6 +18,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_gsl.data import images
+
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 MAX_ROTATION_DEGREES: Final = 45.0
 
@@ -53,12 +55,25 @@ class Sample(NamedTuple):
 class Samples(ABC):
     """The samples of one split, by position."""
 
+    block: int = 64
+    """So many samples one after another are best read by one process."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def read(self, position: int) -> tuple[NDArray[np.uint8] | bytes, int | NDArray[np.float32]]:
+        """The image at `position`, as an array or as the bytes of its file, and its target. OSError where it cannot be read."""
+
     def __getitem__(self, position: int) -> Sample:
-        """The sample at `position`. Raises ValueError, with the name of the file, where it cannot be read."""
+        """The sample at `position`, decoded. ValueError, with its name, where that cannot be done."""
+        content, target = self.read(position)
+        if not isinstance(content, bytes):
+            return Sample(content, target)
+        try:
+            return Sample(images.decode(content).pixels, target)
+        except images.BadImageError as error:
+            raise ValueError(f"image {self.describe(position)} {error}: repair it or take it out of the folder") from error
 
     def describe(self, position: int) -> str:
         """The sample's name in a message to the user."""
@@ -75,15 +90,15 @@ class ArraySamples(Samples):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: int) -> Sample:
+    def read(self, position: int) -> tuple[NDArray[np.uint8], int | NDArray[np.float32]]:
         target = self.targets[position]
-        return Sample(self.images[position], int(target) if target.ndim == 0 else target)
+        return self.images[position], int(target) if target.ndim == 0 else target
 
 
 class RenderedCharacters(Samples):
     """A split of the rendered characters, rendered in blocks as they are first asked for."""
 
-    _BLOCK = 500
+    block = 500
 
     def __init__(self, name: str, *, seed: int, count: int | None) -> None:
         from dist_gsl.data import chars
@@ -95,20 +110,20 @@ class RenderedCharacters(Samples):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, position: int) -> Sample:
+    def read(self, position: int) -> tuple[NDArray[np.uint8], int | NDArray[np.float32]]:
         from dist_gsl.data import chars
 
-        number, offset = divmod(position, self._BLOCK)
+        number, offset = divmod(position, self.block)
         if number not in self._blocks:
-            first = number * self._BLOCK
-            indices = range(first, min(first + self._BLOCK, self._count))
+            first = number * self.block
+            indices = range(first, min(first + self.block, self._count))
             rendered = chars.render(indices, seed=self._seed, stream=self._split.stream, fonts=self._split.fonts)
-            self._blocks[number] = ArraySamples(rendered.images, rendered.labels)
-        return self._blocks[number][offset]
+            self._blocks = {number: ArraySamples(rendered.images, rendered.labels)}  # they are read in order
+        return self._blocks[number].read(offset)
 
 
 class FileSamples(Samples):
-    """Image files and their classes; a file is read, and converted to RGB, each time it is asked for."""
+    """Image files and their classes; a file is read each time it is asked for."""
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
         assert len(paths) == len(labels)
@@ -117,8 +132,8 @@ class FileSamples(Samples):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, position: int) -> Sample:
-        return Sample(read_rgb(self.paths[position]), self.labels[position])
+    def read(self, position: int) -> tuple[bytes, int]:
+        return self.paths[position].read_bytes(), self.labels[position]
 
     def describe(self, position: int) -> str:
         return str(self.paths[position])
@@ -165,20 +180,6 @@ def open_source(spec: str, *, seed: int = 0, counts: Mapping[str, int] | None = 
         if count < 1:
             raise ValueError(f"the number of {split} samples must be at least 1, not {count}")
     return _OPENERS[name](spec, argument, seed, dict(counts or {}))
-
-
-def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """The image of a file as RGB, uint8 (H, W, 3). Raises ValueError, naming the file, where it cannot be decoded."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
-                grey = np.asarray(image).astype(np.int64) >> 8
-                return np.repeat(grey.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # PIL's decoders raise nearly anything on broken bytes
-        raise ValueError(f"image {path} cannot be decoded ({error}): repair it or take it out of the folder") from error
 
 
 def _fingerprint(**settings: Any) -> str:

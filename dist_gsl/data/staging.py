@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from dist_gsl import storage
-from dist_gsl.data.beton import Progress, locked
+from dist_gsl.data.beton import Progress, clear_parts, locked
 from dist_gsl.data.checking import sha256_of
 from dist_gsl.data.info import DESCRIPTION, DataError, DatasetInfo
 from dist_gsl.storage import StorageError
@@ -41,6 +41,7 @@ def stage(uri: str, *, progress: Progress | None = None) -> Path:
     text = _description(uri)
     info = DatasetInfo.from_json(text)
     with locked(directory):
+        clear_parts(directory)
         described = directory / DESCRIPTION
         if described.exists() and described.read_text(encoding="utf-8") == text and _are_here(directory, info):
             return directory  # written last, after every checksum

@@ -24,7 +24,7 @@ def test_counts_are_those_given() -> None:
 
 def test_importing_needs_no_ffcv() -> None:
     """The mathematics must be usable where ffcv, and what it brings, cannot be installed."""
-    blocked = ("ffcv", "numba", "cv2", "sklearn", "matplotlib")
+    blocked = ("ffcv", "numba", "cv2", "sklearn", "matplotlib", "_dist_gsl_decode")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import dist_gsl.data; dist_gsl.data.DataConfig()"
     )

@@ -53,14 +53,13 @@ class File:
         """(status, images, the bad sample)."""
         content = np.frombuffer(b"".join(self.blobs), np.uint8)
         sizes = np.array([len(blob) for blob in self.blobs], np.uint64)
-        checksums = np.array([zlib.crc32(blob) for blob in self.blobs], np.uint32)
         chosen = native.settings(**{"num_threads": 1, "share": 1.0, **settings})
         size = int(chosen["size"][0])
         out = np.zeros((len(positions), size, size, 3), np.uint8)
         order, bad = np.array(positions, np.uint64), np.zeros(1, np.uint64)
-        status = native.decode(
+        status = native.library().dist_gsl_decode(
             content.ctypes.data, content.size if file_bytes is None else file_bytes, self.rows.ctypes.data, self.rows.strides[0],
-            sizes.ctypes.data, checksums.ctypes.data, order.ctypes.data, order.size, chosen.ctypes.data, out.ctypes.data, bad.ctypes.data,
+            sizes.ctypes.data, order.ctypes.data, order.size, chosen.ctypes.data, out.ctypes.data, bad.ctypes.data,
         )  # fmt: skip
         return status, out, int(bad[0])
 
@@ -240,24 +239,52 @@ def cmyk() -> bytes:
     return file.getvalue()
 
 
+CHECKED = np.dtype([("image", ROW), ("target", "<u8"), ("checksum", "<u8")], align=True)
+
+
 def test_any_changed_byte_is_found_by_its_checksum() -> None:
-    good = as_jpeg(photograph[:64, :64])
-    file = File.of(good, mode=JPEG, width=64, height=64)
-    content = bytearray(good)
-    checksums = np.array([zlib.crc32(good)], np.uint32)
+    """Of the image, of its target, and of the row that leads to them."""
+    good, target = as_jpeg(photograph[:64, :64]), b"12345678"
+    rows = np.zeros(1, CHECKED)
+    rows["image"] = (JPEG, 64, 64, 0)
+    rows["target"] = len(good)
+    offset = CHECKED.fields["checksum"][1]  # type: ignore[index]
+    rows["checksum"] = zlib.crc32(rows.tobytes()[:offset], zlib.crc32(target, zlib.crc32(good)))
+    settings = native.settings(
+        size=16, share=1.0, num_threads=1, checksum_offset=offset, target_offset=CHECKED.fields["target"][1], target_bytes=len(target)  # type: ignore[index]
+    )  # fmt: skip
+
+    def status(content: bytes, row: bytes) -> int:
+        sizes, order, bad = np.array([len(good)], np.uint64), np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+        data, table, out = np.frombuffer(content, np.uint8), np.frombuffer(row, np.uint8), np.zeros((1, 16, 16, 3), np.uint8)
+        return native.library().dist_gsl_decode(
+            data.ctypes.data, data.size, table.ctypes.data, table.size, sizes.ctypes.data, order.ctypes.data, 1,
+            settings.ctypes.data, out.ctypes.data, bad.ctypes.data,
+        )  # fmt: skip
+
+    content, row = good + target, rows.tobytes()
+    assert status(content, row) == 0
     rng = np.random.default_rng(0)
     for _ in range(300):
-        place, change = rng.integers(len(content)), int(rng.integers(1, 256))
-        content[place] ^= change
-        sizes, order, bad = np.array([len(good)], np.uint64), np.zeros(1, np.uint64), np.zeros(1, np.uint64)
-        buffer, out = np.frombuffer(bytes(content), np.uint8), np.zeros((1, 16, 16, 3), np.uint8)
-        settings = native.settings(size=16, share=1.0, num_threads=1, verify=1)
-        status = native.decode(
-            buffer.ctypes.data, buffer.size, file.rows.ctypes.data, file.rows.strides[0], sizes.ctypes.data, checksums.ctypes.data,
-            order.ctypes.data, 1, settings.ctypes.data, out.ctypes.data, bad.ctypes.data,
-        )  # fmt: skip
-        assert "checksum" in native.REASONS[status]
-        content[place] ^= change
+        place = int(rng.integers(len(content)))
+        changed = bytearray(content)
+        changed[place] ^= int(rng.integers(1, 256))
+        assert "checksum" in native.REASONS[status(bytes(changed), row)]
+    for place in range(len(row)):
+        changed = bytearray(row)
+        changed[place] ^= 1
+        assert status(content, bytes(changed)) != 0
+
+
+def test_whole_jpegs() -> None:
+    for options in ({}, {"progressive": True}, {"subsampling": "4:4:4"}):
+        jpeg = as_jpeg(photograph, **options)
+        np.testing.assert_array_equal(native.decode_jpeg(jpeg), pillow(jpeg))
+    grey = as_jpeg(photograph[..., 0])
+    np.testing.assert_array_equal(native.decode_jpeg(grey), pillow(grey))
+    for bad in (b"", b"no image", as_jpeg(photograph)[:-2000], cmyk()):
+        with pytest.raises(ValueError, match="its JPEG"):
+            native.decode_jpeg(bad)
 
 
 def test_random_corruptions_neither_crash_nor_hang() -> None:

@@ -7,6 +7,7 @@ a cluster finds the one that is installed there.
 import ctypes
 import importlib.util
 from enum import IntEnum
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -29,11 +30,12 @@ class Crop(IntEnum):
 
 
 SETTINGS: Final = np.dtype(
-    [("crop", "<u8"), ("seed", "<u8"), ("epoch", "<u8"), ("size", "<u8"), ("num_threads", "<u8"), ("verify", "<u8"),
-     ("share", "<f8"), ("min_area", "<f8"), ("max_area", "<f8"), ("min_ratio", "<f8"), ("max_ratio", "<f8")]
+    [("crop", "<u8"), ("seed", "<u8"), ("epoch", "<u8"), ("size", "<u8"), ("num_threads", "<u8"),
+     ("checksum_offset", "<u8"), ("target_offset", "<u8"), ("target_bytes", "<u8"), ("share", "<f8"), ("min_area", "<f8"), ("max_area", "<f8"), ("min_ratio", "<f8"), ("max_ratio", "<f8")]
 )  # fmt: skip
 """The settings of a batch: `size` of the output in pixels, `share` of the shorter side, areas as shares of the image's, ratios
-of width to height."""
+of width to height. In a row, `checksum_offset` is where its checksum is (0: none is verified), `target_offset` where the address
+of the target's `target_bytes` is (0: the target is in the row itself)."""
 
 REASONS: Final = {
     1: "it lies outside of the file",
@@ -45,29 +47,36 @@ REASONS: Final = {
 """What a status other than 0 means."""
 
 
-def _library() -> ctypes.CDLL:
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled functions. All arguments that are not numbers are addresses.
+
+    - ``dist_gsl_decode`` and ``dist_gsl_copy``: (file, its bytes, rows, their stride, sizes, positions, their number, settings, out,
+      bad sample) -> status;
+    - ``dist_gsl_verify``: (file, its bytes, rows, their stride, sizes, begin, end, is it in colour, settings, bad sample) -> status.
+
+    `ImportError` where they are missing, or of another version than this code.
+    """
     remedy = "install the same dist_gsl here and on every node (pip compiles it: libjpeg's headers and a compiler are needed)"
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None:
         raise ImportError(f"the decoder {MODULE} is missing: {remedy}")
-    library = ctypes.CDLL(spec.origin)
-    installed = library.dist_gsl_decode_version()
+    found = ctypes.CDLL(spec.origin)
+    installed = found.dist_gsl_decode_version()
     if installed != VERSION:
         raise ImportError(f"the decoder {spec.origin} is of version {installed}, this code needs {VERSION}: {remedy}")
-    return library
-
-
-_lib = _library()
-_address, _u64 = ctypes.c_void_p, ctypes.c_uint64
-
-decode = _lib.dist_gsl_decode
-"""(file, its bytes, rows, their stride, sizes, checksums, positions, their number, settings, out, bad sample) -> status; addresses."""
-decode.argtypes = [_address, _u64, _address, _u64, _address, _address, _address, _u64, _address, _address, _address]
-decode.restype = ctypes.c_int32
-
-_region = _lib.dist_gsl_region
-_region.argtypes = [_address, _u64, ctypes.c_uint32, ctypes.c_uint32, _address]
-_region.restype = None
+    address, u64, u32, i32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32
+    function: Any
+    for function, arguments in (
+        (found.dist_gsl_decode, [address, u64, address, u64, address, address, u64, address, address, address]),
+        (found.dist_gsl_copy, [address, u64, address, u64, address, address, u64, address, address, address]),
+        (found.dist_gsl_verify, [address, u64, address, u64, address, u64, u64, i32, address, address]),
+        (found.dist_gsl_jpeg_size, [address, u64, address]),
+        (found.dist_gsl_jpeg, [address, u64, u32, u32, address]),
+        (found.dist_gsl_region, [address, u64, u32, u32, address]),
+    ):
+        function.argtypes, function.restype = arguments, i32
+    return found
 
 
 def settings(**values: Any) -> NDArray[Any]:
@@ -81,6 +90,23 @@ def settings(**values: Any) -> NDArray[Any]:
 def region(settings: NDArray[Any], sample: int, *, width: int, height: int) -> tuple[int, int, int, int, bool]:
     """The region (x, y, width, height, is it mirrored) that would be read of a sample, an image of width x height pixels."""
     found = np.zeros(5, np.uint32)
-    _region(settings.ctypes.data, sample, width, height, found.ctypes.data)
+    library().dist_gsl_region(settings.ctypes.data, sample, width, height, found.ctypes.data)
     x, y, w, h, mirrored = found.tolist()
     return x, y, w, h, bool(mirrored)
+
+
+def decode_jpeg(content: bytes) -> NDArray[np.uint8]:
+    """A JPEG in colour or grey as RGB, uint8 (H, W, 3).
+
+    `ValueError` with the reason where it is no such JPEG, or where its data are damaged or end early: other decoders fill what
+    is missing with grey and say nothing.
+    """
+    data, size = np.frombuffer(content, np.uint8), np.zeros(2, np.uint32)
+    status = library().dist_gsl_jpeg_size(data.ctypes.data, data.size, size.ctypes.data)
+    width, height = size.tolist()
+    if status == 0:
+        pixels = np.empty((height, width, 3), np.uint8)
+        status = library().dist_gsl_jpeg(data.ctypes.data, data.size, width, height, pixels.ctypes.data)
+    if status != 0:
+        raise ValueError(REASONS[status])
+    return pixels

@@ -45,7 +45,10 @@ struct Row {  // FFCV's metadata of an RGB image
 #pragma pack(pop)
 
 struct Settings {
-    uint64_t crop, seed, epoch, size, num_threads, verify;
+    uint64_t crop, seed, epoch, size, num_threads;
+    // Where in a row its checksum is (0: nowhere, nothing is verified), and the address of its target (0: it is in the row),
+    // of so many bytes.
+    uint64_t checksum_offset, target_offset, target_bytes;
     double share;                 // of the shorter side, that the central square has
     double min_area, max_area;    // shares of the image's area
     double min_ratio, max_ratio;  // width / height
@@ -343,11 +346,44 @@ void resize(const Pixels& pixels, uint32_t size, bool mirrored, uint8_t* out, Sc
     }
 }
 
-Status decode_one(const uint8_t* file, uint64_t file_bytes, const Row& row, uint64_t num_bytes, const uint32_t* checksum,
-                  uint64_t sample, const Settings& settings, uint8_t* out, Scratch& scratch) {
-    if (row.width == 0 || row.height == 0 || row.offset > file_bytes || num_bytes > file_bytes - row.offset) return kOutside;
-    const uint8_t* data = file + row.offset;
-    if (checksum != nullptr && crc32_z(0, data, num_bytes) != *checksum) return kChecksum;
+// What a batch is read from.
+struct File {
+    const uint8_t* data;
+    uint64_t num_bytes;
+    const uint8_t* rows;  // FFCV's metadata, the image's field first
+    uint64_t row_stride;
+    const uint64_t* sizes;  // of the images' data, by sample
+
+    bool holds(uint64_t offset, uint64_t size) const { return offset <= num_bytes && size <= num_bytes - offset; }
+};
+
+uint64_t number_at(const uint8_t* address) {
+    uint64_t value;
+    std::memcpy(&value, address, sizeof value);
+    return value;
+}
+
+// The image's data, then those of its target, then the row that leads to them: what `writer.py` has summed up.
+Status verify(const File& file, const uint8_t* row, const uint8_t* data, uint64_t size, const Settings& settings) {
+    if (settings.checksum_offset == 0) return kGood;
+    uLong sum = crc32_z(0, data, size);
+    if (settings.target_offset != 0) {
+        const uint64_t target = number_at(row + settings.target_offset);
+        if (!file.holds(target, settings.target_bytes)) return kOutside;
+        sum = crc32_z(sum, file.data + target, settings.target_bytes);
+    }
+    sum = crc32_z(sum, row, settings.checksum_offset);
+    return sum == number_at(row + settings.checksum_offset) ? kGood : kChecksum;
+}
+
+Status decode_one(const File& file, uint64_t sample, const Settings& settings, uint8_t* out, Scratch& scratch) {
+    const uint8_t* address = file.rows + sample * file.row_stride;
+    Row row;
+    std::memcpy(&row, address, sizeof row);
+    const uint64_t num_bytes = file.sizes[sample];
+    if (row.width == 0 || row.height == 0 || !file.holds(row.offset, num_bytes)) return kOutside;
+    const uint8_t* data = file.data + row.offset;
+    if (const Status status = verify(file, address, data, num_bytes, settings)) return status;
     const Region region = region_of(settings, sample, row.width, row.height);
     const auto size = static_cast<uint32_t>(settings.size);
     Pixels pixels;
@@ -365,6 +401,15 @@ Status decode_one(const uint8_t* file, uint64_t file_bytes, const Row& row, uint
     return kGood;
 }
 
+Status copy_one(const File& file, uint64_t sample, const Settings& settings, uint8_t* out) {
+    const uint8_t* address = file.rows + sample * file.row_stride;
+    const uint64_t offset = number_at(address), num_bytes = file.sizes[sample];
+    if (!file.holds(offset, num_bytes)) return kOutside;
+    if (const Status status = verify(file, address, file.data + offset, num_bytes, settings)) return status;
+    std::memcpy(out, file.data + offset, num_bytes);
+    return kGood;
+}
+
 }  // namespace
 
 extern "C" {
@@ -372,23 +417,18 @@ extern "C" {
 // Changes with the functions below, so that code which calls an older library says so.
 int32_t dist_gsl_decode_version() { return 1; }
 
-// Decodes samples `positions[0..count)` to `out`, uint8 (count, size, size, 3). `rows` is the first of FFCV's metadata rows,
-// `row_stride` bytes apart; `sizes` is by sample, and so are `checksums`, read where the settings say to verify. Returns 0; or
-// the status of the first sample of the batch that is not good, which is then in `bad_sample`.
-int32_t dist_gsl_decode(const uint8_t* file, uint64_t file_bytes, const uint8_t* rows, uint64_t row_stride, const uint64_t* sizes,
-                        const uint32_t* checksums, const uint64_t* positions, uint64_t count, const Settings* settings,
-                        uint8_t* out, uint64_t* bad_sample) {
+// Decodes samples `positions[0..count)` to `out`, uint8 (count, size, size, 3). Returns 0; or the status of the first sample of
+// the batch that is not good, which is then in `bad_sample`.
+int32_t dist_gsl_decode(const uint8_t* data, uint64_t num_bytes, const uint8_t* rows, uint64_t row_stride, const uint64_t* sizes,
+                        const uint64_t* positions, uint64_t count, const Settings* settings, uint8_t* out, uint64_t* bad_sample) {
+    const File file{data, num_bytes, rows, row_stride, sizes};
     const size_t image_bytes = size_t{3} * settings->size * settings->size;
     std::atomic<uint64_t> next{0};
     std::vector<int32_t> statuses(count, kGood);
     auto work = [&] {
         Scratch scratch;
         for (uint64_t i = next++; i < count; i = next++) {
-            const uint64_t sample = positions[i];
-            Row row;
-            std::memcpy(&row, rows + sample * row_stride, sizeof row);
-            statuses[i] = decode_one(file, file_bytes, row, sizes[sample], settings->verify ? checksums + sample : nullptr, sample, *settings,
-                                     out + i * image_bytes, scratch);
+            statuses[i] = decode_one(file, positions[i], *settings, out + i * image_bytes, scratch);
         }
     };
     std::vector<std::thread> others;
@@ -404,14 +444,80 @@ int32_t dist_gsl_decode(const uint8_t* file, uint64_t file_bytes, const uint8_t*
     return kGood;
 }
 
+// The same for arrays, whose rows begin with their address, one after another to `out`.
+int32_t dist_gsl_copy(const uint8_t* data, uint64_t num_bytes, const uint8_t* rows, uint64_t row_stride, const uint64_t* sizes,
+                      const uint64_t* positions, uint64_t count, const Settings* settings, uint8_t* out, uint64_t* bad_sample) {
+    const File file{data, num_bytes, rows, row_stride, sizes};
+    for (uint64_t i = 0; i < count; ++i) {
+        if (const Status status = copy_one(file, positions[i], *settings, out)) {
+            *bad_sample = positions[i];
+            return status;
+        }
+        out += sizes[positions[i]];
+    }
+    return kGood;
+}
+
+// Verifies samples `begin` to `end`, whose rows begin with an image (`is_colour`) or with an array's address. As above.
+int32_t dist_gsl_verify(const uint8_t* data, uint64_t num_bytes, const uint8_t* rows, uint64_t row_stride, const uint64_t* sizes,
+                        uint64_t begin, uint64_t end, int32_t is_colour, const Settings* settings, uint64_t* bad_sample) {
+    const File file{data, num_bytes, rows, row_stride, sizes};
+    for (uint64_t sample = begin; sample < end; ++sample) {
+        const uint8_t* row = rows + sample * row_stride;
+        const uint64_t offset = number_at(row + (is_colour ? offsetof(Row, offset) : 0));
+        Status status = kOutside;
+        if (file.holds(offset, sizes[sample])) status = verify(file, row, data + offset, sizes[sample], *settings);
+        if (status) {
+            *bad_sample = sample;
+            return status;
+        }
+    }
+    return kGood;
+}
+
+// Width and height of a JPEG, and its status.
+int32_t dist_gsl_jpeg_size(const uint8_t* data, uint64_t num_bytes, uint32_t* size) {
+    jpeg_decompress_struct info;
+    Failure failure;
+    info.err = jpeg_std_error(&failure.manager);
+    failure.manager.error_exit = fail;
+    failure.manager.emit_message = count_warning;
+    failure.manager.output_message = say_nothing;
+    if (setjmp(failure.jump)) {
+        jpeg_destroy_decompress(&info);
+        return kBadJpeg;
+    }
+    jpeg_create_decompress(&info);
+    jpeg_mem_src(&info, const_cast<uint8_t*>(data), num_bytes);
+    jpeg_read_header(&info, TRUE);
+    size[0] = info.image_width;
+    size[1] = info.image_height;
+    jpeg_destroy_decompress(&info);
+    return kGood;
+}
+
+// A whole JPEG to `out`, uint8 (height, width, 3). What libjpeg only warns of, as of data that end early, is an error here.
+int32_t dist_gsl_jpeg(const uint8_t* data, uint64_t num_bytes, uint32_t width, uint32_t height, uint8_t* out) {
+    Scratch scratch;
+    scratch.row.resize(size_t{3} * width + 256);
+    scratch.pixels.resize(size_t{3} * width * height);
+    Row row{kJpeg, static_cast<uint16_t>(width), static_cast<uint16_t>(height), 0};
+    Pixels pixels;
+    const Region whole{0, 0, width, height, false};
+    if (const Status status = decode_jpeg(data, num_bytes, row, whole, std::max(width, height), scratch, pixels)) return status;
+    std::memcpy(out, scratch.pixels.data(), scratch.pixels.size());
+    return kGood;
+}
+
 // The region that would be read of a sample: x, y, width, height, and whether it is mirrored.
-void dist_gsl_region(const Settings* settings, uint64_t sample, uint32_t width, uint32_t height, uint32_t* region) {
+int32_t dist_gsl_region(const Settings* settings, uint64_t sample, uint32_t width, uint32_t height, uint32_t* region) {
     const Region chosen = region_of(*settings, sample, width, height);
     region[0] = chosen.x;
     region[1] = chosen.y;
     region[2] = chosen.width;
     region[3] = chosen.height;
     region[4] = chosen.mirrored ? 1 : 0;
+    return kGood;
 }
 
 }  // extern "C"

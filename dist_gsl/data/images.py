@@ -1,0 +1,63 @@
+"""Image files to pixels: every kind that a collection from the web holds, and no wrong picture unnoticed."""
+
+import io
+import warnings
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_gsl.data import native
+
+_ORIENTATION: Final = 0x0112  # EXIF's tag: how the camera was held
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used, and why, in one line without its name."""
+
+
+class Decoded(NamedTuple):
+    """An image's pixels, and whether its file is a JPEG that can be stored as it is."""
+
+    pixels: NDArray[np.uint8]
+    """RGB, (H, W, 3), upright."""
+    is_plain_jpeg: bool
+
+
+def decode(content: bytes) -> Decoded:
+    """Pixels of an image file.
+
+    Grey becomes RGB, CMYK and palettes too; 16 bits become their upper eight; a photograph is turned as its EXIF says; of an
+    animation the first frame counts. `BadImageError` for what is empty, none of the known formats, or damaged: also where a
+    JPEG's data end early or make no sense, which most decoders paint grey without a word.
+    """
+    from PIL import Image, ImageOps
+
+    if not content:
+        raise BadImageError("is empty")
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+            warnings.simplefilter("ignore")  # of metadata that do not matter here
+            is_upright = image.getexif().get(_ORIENTATION, 1) == 1
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                pixels = native.decode_jpeg(content)
+                return Decoded(pixels if is_upright else _turned(pixels, image), is_upright)
+            upright = image if is_upright else ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                return Decoded(np.repeat(grey[:, :, None], 3, axis=2), False)
+            return Decoded(np.array(upright.convert("RGB")), False)
+    except Exception as error:  # decoders raise nearly anything on broken bytes
+        raise BadImageError(f"cannot be decoded ({_one_line(error)})") from error
+
+
+def _turned(pixels: NDArray[np.uint8], image: object) -> NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    bare = Image.fromarray(pixels)
+    bare.getexif()[_ORIENTATION] = image.getexif()[_ORIENTATION]  # type: ignore[attr-defined]
+    return np.array(ImageOps.exif_transpose(bare))
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
