@@ -444,7 +444,8 @@ def decode_slowly(content):
     return decode(content)
 
 images.decode = decode_slowly
-data.sources.FileSamples.block = 6
+from dist_gsl.data.sources.folders import FileSamples
+FileSamples.block = 6
 data.write("imagefolder:{image_folder}", {str(out)!r}, num_workers=2)
 """
     with subprocess.Popen(

@@ -1,0 +1,63 @@
+"""Where images come from. A source is named by a spec string: ``chars``, or ``imagefolder:PATH``. `SOURCES` lists them."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from dist_gsl.data.sources.base import ImageKind, Sample, Samples, Source, Task
+from dist_gsl.data.sources.folders import open_class_folders
+from dist_gsl.data.sources.rendered import open_chars, open_digits, open_rotated_digits
+
+__all__ = ["SOURCES", "ImageKind", "Sample", "Samples", "Source", "Task", "open_source"]
+
+
+def open_source(spec: str, *, seed: int = 0, counts: Mapping[str, int] | None = None) -> Source:
+    """Open the source named by `spec`.
+
+    Args:
+        spec: one of `SOURCES`, such as ``chars`` or ``imagefolder:/data/birds``.
+        seed: seed of what the source renders, and of what it draws from larger sets.
+        counts: number of samples of some splits; the others keep the source's own number.
+
+    Raises:
+        ValueError: unknown source, unknown split, a count that cannot be had, a folder that is not as it should be.
+    """
+    name, colon, argument = spec.partition(":")
+    if name not in _OPENERS:
+        raise ValueError(f"unknown data source {spec!r}: choose one of {', '.join(SOURCES)}")
+    wants_path = SOURCES_BY_NAME[name].endswith(":PATH")
+    if wants_path and not argument:
+        raise ValueError(f"data source {name!r} needs a folder: write {SOURCES_BY_NAME[name]}")
+    if colon and not wants_path:
+        raise ValueError(f"data source {name!r} takes no argument: write {name!r} instead of {spec!r}")
+    if seed < 0:
+        raise ValueError(f"the seed of a data source must be >= 0, not {seed}")
+    for split, count in (counts or {}).items():
+        if count < 1:
+            raise ValueError(f"the number of {split} samples must be at least 1, not {count}")
+    return _OPENERS[name](spec, argument, seed, dict(counts or {}))
+
+
+_Opener = Callable[[str, str, int, dict[str, int]], Source]
+
+_OPENERS: Final[dict[str, _Opener]] = {
+    "chars": open_chars,
+    "digits": open_digits,
+    "rotated-digits": open_rotated_digits,
+    "imagefolder": open_class_folders,
+    "imagenet": open_class_folders,
+    "places2": open_class_folders,
+    "icdar": open_class_folders,
+}
+
+SOURCES: Final[dict[str, str]] = {
+    "chars": "36 classes of rendered scene-text characters, 32x32 grey",
+    "digits": "the 10 classes of real handwritten digits of scikit-learn, 32x32 grey",
+    "rotated-digits": "regression: the angle by which a real handwritten digit was turned",
+    "imagefolder:PATH": "a folder PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg and perhaps PATH/test, in colour",
+    "imagenet:PATH": "ImageNet as class folders, like imagefolder",
+    "places2:PATH": "Places2 as class folders, like imagefolder",
+    "icdar:PATH": "ICDAR characters as class folders, like imagefolder",
+}
+"""How each source is written, and what it is."""
+
+SOURCES_BY_NAME: Final = {spec.partition(":")[0]: spec for spec in SOURCES}
