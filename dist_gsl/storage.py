@@ -72,7 +72,7 @@ def read(uri: str) -> bytes | None:
     try:
         if system.get_file_info(path).type is not FileType.File:
             return None
-        with system.open_input_stream(path) as stream:
+        with system.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
     except OSError as error:
         raise StorageAwayError(f"{uri} cannot be read: {_first_line(error)}") from error
@@ -87,7 +87,7 @@ def download(uri: str, target: Path, *, sha256: str | None = None, progress: Cal
     temporary, digest, done = target.with_name(f".{target.name}.part"), hashlib.sha256(), 0
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with system.open_input_stream(path) as stream, temporary.open("wb") as file:
+        with system.open_input_stream(path, compression=None) as stream, temporary.open("wb") as file:
             while block := stream.read(BLOCK):
                 digest.update(block)
                 file.write(block)
@@ -110,7 +110,7 @@ def upload(source: Path, uri: str) -> None:
     try:
         if not direct:
             system.create_dir(str(PurePosixPath(path).parent))
-        with source.open("rb") as file, system.open_output_stream(temporary) as stream:
+        with source.open("rb") as file, system.open_output_stream(temporary, compression=None) as stream:
             while block := file.read(BLOCK):
                 stream.write(block)
         if not direct:
@@ -132,7 +132,7 @@ def check_writable(uri: str, name: str) -> None:
     """`StorageAwayError` unless a file of that name can be written under the address, and deleted again."""
     system, path = opened(join(uri, name))
     try:
-        with system.open_output_stream(path) as stream:
+        with system.open_output_stream(path, compression=None) as stream:
             stream.write(b"")
         system.delete_file(path)
     except OSError as error:

@@ -56,6 +56,18 @@ def test_keys_in_an_address_are_refused_and_not_repeated() -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_archives_come_back_as_they_were(root: str, tmp_path: Path) -> None:
+    """Where the name speaks of compression, nobody compresses again."""
+    for name in ("kit.tar.gz", "kit.bz2", "kit.zst"):
+        (tmp_path / name).write_bytes(b"content " * 100)
+        storage.upload(tmp_path / name, storage.join(root, name))
+        with storage.opened(root)[0].open_input_file(storage.opened(storage.join(root, name))[1]) as file:
+            assert file.read() == b"content " * 100
+        assert storage.read(storage.join(root, name)) == b"content " * 100
+        storage.download(storage.join(root, name), tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == b"content " * 100
+
+
 def test_looking_leaves_nothing(root: str, tmp_path: Path) -> None:
     run = storage.local_run(storage.join(root, "looked-at", "x"))
     assert storage.remote_of(run) == storage.join(root, "looked-at", "x")

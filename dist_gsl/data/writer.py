@@ -18,9 +18,10 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -128,7 +129,7 @@ class Block:
     skipped: list[Skipped]
 
 
-def encode_block(samples: Samples, start: int, stop: int, layout: Layout, *, skip_bad: bool) -> Block:
+def encode_block(samples: Samples, start: int, stop: int, *, layout: Layout, skip_bad: bool) -> Block:
     """The samples from `start` to `stop`. `ValueError`, with its name, for an image that cannot be used, unless it is skipped."""
     block = Block(stop - start, [], [], [], [], [], [0] * layout.channels, [0] * layout.channels, 0, [])
     for position in range(start, stop):
@@ -222,7 +223,7 @@ def _begin(samples: Samples, layout: Layout, skip_bad: bool) -> None:
 def _encode(start: int, stop: int) -> Block:
     assert _task is not None
     samples, layout, skip_bad = _task
-    return encode_block(samples, start, stop, layout, skip_bad=skip_bad)
+    return encode_block(samples, start, stop, layout=layout, skip_bad=skip_bad)
 
 
 def _blocks(
@@ -232,25 +233,31 @@ def _blocks(
     spans = [(start, min(start + samples.block, len(samples))) for start in range(first, len(samples), samples.block)]
     if num_workers == 1 or len(spans) == 1:
         for start, stop in spans:
-            yield encode_block(samples, start, stop, layout, skip_bad=skip_bad)
+            yield encode_block(samples, start, stop, layout=layout, skip_bad=skip_bad)
         return
-    pool = ProcessPoolExecutor(
-        num_workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(samples, layout, skip_bad)
-    )
+    pool: Executor
+    if samples.may_fork:
+        pool = ProcessPoolExecutor(
+            num_workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(samples, layout, skip_bad)
+        )
+        encode: Callable[[int, int], Block] = _encode
+    else:
+        pool = ThreadPoolExecutor(num_workers)
+        encode = partial(encode_block, samples, layout=layout, skip_bad=skip_bad)
     waiting = deque(spans)
     try:
-        running = deque(pool.submit(_encode, *waiting.popleft()) for _ in range(min(2 * num_workers, len(waiting))))
+        running = deque(pool.submit(encode, *waiting.popleft()) for _ in range(min(2 * num_workers, len(waiting))))
         while running:
             block = running.popleft().result()
             if waiting:
-                running.append(pool.submit(_encode, *waiting.popleft()))
+                running.append(pool.submit(encode, *waiting.popleft()))
             yield block
         pool.shutdown()
     except BrokenProcessPool as error:
         raise RuntimeError("a process that wrote the data set ended early (was it killed, or out of memory?)") from error
     finally:
         # Nobody waits for what is no longer wanted. Of Python 3.14 on this is `terminate_workers`.
-        for process in list((pool._processes or {}).values()):
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.terminate()
         pool.shutdown(cancel_futures=True)
 

@@ -444,7 +444,7 @@ def decode_slowly(content):
     return decode(content)
 
 images.decode = decode_slowly
-from dist_gsl.data.sources.folders import FileSamples
+from dist_gsl.data.sources.files import FileSamples
 FileSamples.block = 6
 data.write("imagefolder:{image_folder}", {str(out)!r}, num_workers=2)
 """

@@ -1,11 +1,16 @@
-"""Where images come from. A source is named by a spec string: ``chars``, or ``imagefolder:PATH``. `SOURCES` lists them."""
+"""Where images come from. A source is named by a spec string: ``chars``, or ``imagefolder:PATH``. `SOURCES` lists them; a PATH may be
+a URI that pyarrow opens."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from dist_gsl.data.sources.base import ImageKind, Sample, Samples, Source, Task
 from dist_gsl.data.sources.folders import open_class_folders
+from dist_gsl.data.sources.imagenet import open_imagenet
+from dist_gsl.data.sources.parquet import open_parquet
+from dist_gsl.data.sources.places import open_places
 from dist_gsl.data.sources.rendered import open_chars, open_digits, open_rotated_digits
+from dist_gsl.data.sources.webdataset import open_webdataset
 
 __all__ = ["SOURCES", "ImageKind", "Sample", "Samples", "Source", "Task", "open_source"]
 
@@ -44,9 +49,11 @@ _OPENERS: Final[dict[str, _Opener]] = {
     "digits": open_digits,
     "rotated-digits": open_rotated_digits,
     "imagefolder": open_class_folders,
-    "imagenet": open_class_folders,
-    "places2": open_class_folders,
+    "imagenet": open_imagenet,
+    "places2": open_places,
     "icdar": open_class_folders,
+    "parquet": open_parquet,
+    "webdataset": open_webdataset,
 }
 
 SOURCES: Final[dict[str, str]] = {
@@ -54,8 +61,10 @@ SOURCES: Final[dict[str, str]] = {
     "digits": "the 10 classes of real handwritten digits of scikit-learn, 32x32 grey",
     "rotated-digits": "regression: the angle by which a real handwritten digit was turned",
     "imagefolder:PATH": "a folder PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg and perhaps PATH/test, in colour",
-    "imagenet:PATH": "ImageNet as class folders, like imagefolder",
-    "places2:PATH": "Places2 as class folders, like imagefolder",
+    "imagenet:PATH": "ImageNet: the official archives as downloaded, or class folders",
+    "places2:PATH": "Places2 (365 or 401 classes): the released lists and images, or class folders",
+    "parquet:PATH": "Parquet shards train-*.parquet, val-*.parquet with an image's bytes and a label in each row",
+    "webdataset:PATH": "tar shards train-*.tar, val-*.tar with NAME.jpg and NAME.cls",
     "icdar:PATH": "ICDAR characters as class folders, like imagefolder",
 }
 """How each source is written, and what it is."""

@@ -48,6 +48,8 @@ class Samples(ABC):
 
     block: int = 64
     """So many samples one after another are best read by one process."""
+    may_fork: bool = True
+    """May they be read in forked processes? Else threads do it: connections to storage do not survive a fork."""
 
     @abstractmethod
     def __len__(self) -> int: ...

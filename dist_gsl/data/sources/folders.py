@@ -1,92 +1,77 @@
-"""Class folders: ROOT/SPLIT/CLASS/image."""
+"""Class folders: ROOT/SPLIT/CLASS/image, at any depth below the class."""
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Final
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from dist_gsl.data.sources.base import ImageKind, Samples, Source, Task, check_split_names
-
-IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
-
-
-class FileSamples(Samples):
-    """Image files and their classes; a file is read each time it is asked for."""
-
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
-        assert len(paths) == len(labels)
-        self.paths, self.labels = list(paths), list(labels)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, position: int) -> tuple[bytes, int]:
-        return self.paths[position].read_bytes(), self.labels[position]
-
-    def describe(self, position: int) -> str:
-        return str(self.paths[position])
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+from dist_gsl.data.sources.files import IMAGE_SUFFIXES, Entry, Files, FileSamples
 
 
 def open_class_folders(spec: str, argument: str, seed: int, counts: dict[str, int]) -> Source:
-    """A tree ROOT/SPLIT/CLASS/image with splits train, val and perhaps test; classes are those of train, in order."""
-    root = Path(argument).expanduser().resolve()
-    for name in ("train", "val"):
-        if not (root / name).is_dir():
-            raise ValueError(
-                f"folder {root / name} of data source {spec!r} is missing: images are expected at {root}/train/CLASS/ "
-                f"and {root}/val/CLASS/"
-            )
-    names = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-    check_split_names(counts, names, spec=spec)
-    classes = [folder.name for folder in _class_folders(root / "train")]
-    if len(classes) < 2:
-        raise ValueError(f"folder {root / 'train'} must hold one folder for each of two or more classes")
-    label_of = {name: label for label, name in enumerate(classes)}
+    """Splits train, val and perhaps test; classes are the folders of train, in order."""
+    return class_folders(spec, Files(argument), seed, counts)
 
+
+def class_folders(spec: str, files: Files, seed: int, counts: Mapping[str, int], *, names: Mapping[str, str] | None = None) -> Source:
+    """names: what the classes are called, by their folders; none: as their folders."""
+    for name in ("train", "val"):
+        if not files.is_folder(name):
+            raise ValueError(
+                f"folder {files.address(name)} of data source {spec!r} is missing: images are expected at "
+                f"{files.address('train/CLASS/')} and {files.address('val/CLASS/')}"
+            )
+    splits = [name for name in ("train", "val", "test") if files.is_folder(name)]
+    check_split_names(counts, splits, spec=spec)
+    classes = files.folders("train")
+    if len(classes) < 2:
+        raise ValueError(f"folder {files.address('train')} must hold one folder for each of two or more classes")
+    label_of = {name: label for label, name in enumerate(classes)}
+    found: dict[str, tuple[list[Entry], list[int]]] = {}
+    for split in splits:
+        entries, labels = [], []
+        for entry in files.listing(split):
+            _, _, rest = entry.name.partition("/")
+            folder, slash, _ = rest.partition("/")
+            if not slash or not entry.is_image:
+                continue
+            if folder not in label_of:
+                raise ValueError(f"class {folder!r} of {files.address(split)} is not among the classes of {files.address('train')}")
+            entries.append(entry)
+            labels.append(label_of[folder])
+        empty = set(range(len(classes))) - set(labels)
+        if split == "train" and empty:
+            folder = files.address(f"train/{classes[min(empty)]}")
+            raise ValueError(f"class folder {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        if not entries:
+            raise ValueError(f"folder {files.address(split)} holds no image in class folders")
+        found[split] = entries, labels
+    return file_source(spec, files, found, [(names or {}).get(name, name) for name in classes], seed=seed, counts=counts)
+
+
+def file_source(
+    spec: str, files: Files, found: Mapping[str, tuple[Sequence[Entry], Sequence[int]]], classes: Sequence[str], *, seed: int,
+    counts: Mapping[str, int],
+) -> Source:  # fmt: skip
+    """A source of image files: for each split the files and their labels, of which `counts` may leave some."""
     splits: dict[str, Samples] = {}
     listing = hashlib.sha256()
-    for number, name in enumerate(names):
-        paths: list[Path] = []
-        labels: list[int] = []
-        for folder in _class_folders(root / name):
-            if folder.name not in label_of:
-                raise ValueError(f"class {folder.name!r} of {root / name} is not among the classes of {root / 'train'}")
-            files = _image_files(folder)
-            if not files and name == "train":
-                raise ValueError(f"class folder {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            paths += files
-            labels += [label_of[folder.name]] * len(files)
-        if not paths:
-            raise ValueError(f"folder {root / name} holds no image in class folders")
-        for path in paths:
-            status = path.stat()
-            listing.update(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        count = counts.get(name, len(paths))
-        if count > len(paths):
-            raise ValueError(f"{root / name} holds {len(paths)} images, fewer than the {count} wanted")
-        # Sorted, so that neighbours in the file stay neighbours of the folder, which reads faster from a disk.
-        kept = np.sort(np.random.default_rng([seed, number]).permutation(len(paths))[:count])
-        splits[name] = FileSamples([paths[i] for i in kept], [labels[i] for i in kept])
+    for number, (split, (entries, labels)) in enumerate(found.items()):
+        for entry in entries:
+            listing.update(f"{entry.name}\0{entry.size}\0{entry.changed}\n".encode())
+        kept = chosen(len(entries), counts.get(split), seed=seed, number=number, what=f"{files.address(split)} holds")
+        splits[split] = FileSamples(files, [entries[i].name for i in kept], [labels[i] for i in kept])
     return Source(
-        spec=spec,
-        kind=ImageKind.COLOUR,
-        task=Task.CLASSIFICATION,
-        classes=tuple(classes),
-        num_targets=0,
-        splits=splits,
+        spec=spec, kind=ImageKind.COLOUR, task=Task.CLASSIFICATION, classes=tuple(classes), num_targets=0, splits=splits,
         fingerprint=listing.hexdigest(),
-    )
+    )  # fmt: skip
+
+
+def chosen(available: int, wanted: int | None, *, seed: int, number: int, what: str) -> Sequence[int]:
+    """Positions of the samples that a split keeps. Sorted, so that neighbours stay neighbours, which disks read faster."""
+    if wanted is None:
+        return range(available)
+    if wanted > available:
+        raise ValueError(f"{what} {available} images, fewer than the {wanted} wanted")
+    return np.sort(np.random.default_rng([seed, number]).permutation(available)[:wanted]).tolist()
