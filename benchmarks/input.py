@@ -2,8 +2,8 @@
 
     python benchmarks/input.py [--images 4000] [--rounds 5]
 
-JPEGs of 500 x 375 pixels, quality 90, cut from two photographs; random-resized crops of 224 pixels, mirrored or not, batches of 128 as
-normalised float32. Every contender has as many threads or processes as there are CPUs, and all take turns. Then writing:
+JPEGs of 500 x 375 pixels, quality 90, cut from two photographs; random-resized crops of 224 pixels, mirrored or not, batches of 128 of bytes,
+as they travel to a device; and what normalising them on the CPU costs besides. Every contender has as many threads or processes as there are CPUs, and all take turns. Then writing:
 this writer against FFCV's and against copying the files.
 """
 
@@ -27,7 +27,6 @@ from PIL import Image
 
 NUM_CPUS = len(os.sched_getaffinity(0))
 BATCH, SIZE = 128, 224
-MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def make_images(root: Path, count: int) -> None:
@@ -48,10 +47,6 @@ def make_images(root: Path, count: int) -> None:
             image.save(file, quality=90)
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
-    return images.to(torch.float32).sub_(MEAN).div_(STD)
-
-
 def torchvision_epoch(root: Path) -> Callable[[], int]:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
@@ -59,7 +54,7 @@ def torchvision_epoch(root: Path) -> Callable[[], int]:
 
     transform = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     loader = DataLoader(ImageFolder(str(root / "train"), transform), batch_size=BATCH, shuffle=True, num_workers=NUM_CPUS)
-    return lambda: sum(len(normalised(images)) for images, _ in loader)
+    return lambda: sum(len(images) for images, _ in loader)
 
 
 def ffcv_epoch(file: Path) -> Callable[[], int]:
@@ -77,10 +72,10 @@ def ffcv_epoch(file: Path) -> Callable[[], int]:
                    "index": None, "checksum": None},
     )  # fmt: skip
     module.OSCacheManager = ours
-    return lambda: sum(len(normalised(torch.from_numpy(images.transpose(0, 3, 1, 2)))) for images, _ in loader)
+    return lambda: sum(len(torch.from_numpy(images).clone()) for images, _ in loader)
 
 
-def our_epoch(file: Path, *, verify: bool = True) -> Callable[[], int]:
+def our_epoch(file: Path, *, verify: bool = True, normalise: bool = False) -> Callable[[], int]:
     from dist_gsl.data import Augment, Loader
 
     loader = Loader(file, batch_size=BATCH, train=True, size=SIZE, augment=Augment.RANDOM_RESIZED, num_threads=NUM_CPUS, verify=verify)
@@ -88,7 +83,7 @@ def our_epoch(file: Path, *, verify: bool = True) -> Callable[[], int]:
 
     def epoch() -> int:
         loader.set_epoch(next(epochs))
-        return sum(len(batch.images) for batch in loader)
+        return sum(len(batch.images) for batch in (loader if normalise else loader.levels()))
 
     return epoch
 
@@ -170,12 +165,20 @@ def writing(root: Path, folder: Path, count: int, rounds: int) -> dict[str, list
     return found
 
 
+def report(title: str, found: dict[str, list[float]], unit: str) -> None:
+    print(f"\n{title:40} images/s        range   ratio to {unit}")
+    for name, rates in found.items():
+        middle = statistics.median(rates)
+        print(f"{name:40} {middle:8.0f}  {min(rates):5.0f}-{max(rates):5.0f}   {middle / statistics.median(found[unit]):.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where files are made; 6 GB (a temporary folder)")
     options = parser.parse_args()
+    print(f"{NUM_CPUS} CPUs, {options.images} images, median of {options.rounds} rounds, their range")
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         root = folder / "images"
@@ -186,20 +189,16 @@ def main() -> None:
             "FFCV, JPEGs as they are": ffcv_epoch(folder / "as-is" / "train.beton"),
             "ours, JPEGs as they are": our_epoch(folder / "as-is" / "train.beton"),
             "ours, the same, not verified": our_epoch(folder / "as-is" / "train.beton", verify=False),
+            "ours, the same, normalised floats": our_epoch(folder / "as-is" / "train.beton", normalise=True),
             "ours, shipped settings": our_epoch(folder / "shipped" / "train.beton"),
             "ours, 256 pixels raw": our_epoch(folder / "raw256" / "train.beton"),
             "decoding and nothing else": decoding_alone(root),
             "decoding at half scale": decoding_alone(root, halved=True),
         }
         read = images_a_second(contenders, options.rounds)
+        report("reading", read, "torchvision, ImageFolder and DataLoader")
         written = writing(root, folder, options.images, max(2, options.rounds // 2))
-    print(f"{NUM_CPUS} CPUs, {options.images} images, median of {options.rounds} rounds (and their range)")
-    first = statistics.median(next(iter(read.values())))
-    for title, found, unit in (("reading", read, first), ("writing", written, statistics.median(written["copying the files"]))):
-        print(f"\n{title:42} images/s        range   ratio to {'torchvision' if title == 'reading' else 'copying'}")
-        for name, rates in found.items():
-            middle = statistics.median(rates)
-            print(f"{name:42} {middle:8.0f}  {min(rates):5.0f}-{max(rates):5.0f}   {middle / unit:.2f}")
+        report("writing", written, "copying the files")
     print(json.dumps({"read": {k: statistics.median(v) for k, v in read.items()}, "written": {k: statistics.median(v) for k, v in written.items()}}))
 
 

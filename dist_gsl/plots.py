@@ -70,20 +70,17 @@ _SHEET_COLUMNS, _SHEET_ROWS = 10, 5
 
 def _samples(info: DatasetInfo, directory: Path) -> tuple[list[Any], list[str]]:
     """Some images of train, (H, W, 3) or (H, W) in 0..1, and what each is."""
-    import numpy as np
-
     from dist_gsl.data import Loader
 
     split = info.splits["train"]
     count = min(split.num_samples, _SHEET_COLUMNS * _SHEET_ROWS)
     size = 112 if info.channels == 3 else None
     loader = Loader(directory / split.file, batch_size=count, train=True, size=size)
-    batch = next(iter(loader))
-    mean, std = (np.array(values)[:, None, None] for values in (info.mean, info.std))
-    levels = (batch.images.numpy() * std + mean).clip(0, 1)
+    batch = next(loader.levels())
+    levels = batch.images.permute(0, 2, 3, 1).numpy() / 255
     targets = batch.targets.tolist()
     labels = [info.classes[t] if info.classes else ", ".join(f"{value:.2f}" for value in t) for t in targets]
-    return [image.transpose(1, 2, 0) if info.channels == 3 else image[0] for image in levels], labels
+    return [image if info.channels == 3 else image[:, :, 0] for image in levels], labels
 
 
 def _sheet_figure(info: DatasetInfo, images: Sequence[Any], labels: Sequence[str]) -> Figure:

@@ -111,6 +111,8 @@ class Loader:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         statistics = np.array([self.info.mean, self.info.std], np.float32).reshape(2, -1, 1, 1) * 255
         self._mean, self._std = torch.from_numpy(statistics).to(self.device)
+        # What the levels from 0 to 255 become, by channel: the same operations as on a device, once for each level.
+        self._table = ((np.arange(256, dtype=np.float32) - statistics[0].reshape(-1, 1)) / statistics[1].reshape(-1, 1)).astype(np.float32)
         self._epoch, self._start_step = 0, 0
 
         from dist_gsl.data._ffcv import BatchReader
@@ -153,6 +155,20 @@ class Loader:
         return steps if self._share_of(last) else steps - 1
 
     def __iter__(self) -> Iterator[Batch]:
+        for levels, targets, indices in self._arrays():
+            # All that is read is a view of a buffer that FFCV writes to again: `indices` and `targets` are copied here.
+            yield Batch(
+                self._normalised(levels), torch.from_numpy(targets.copy()).to(self.device), torch.from_numpy(indices.copy()).to(self.device)
+            )
+
+    def levels(self) -> Iterator[Batch]:
+        """The same batches with the images' levels, uint8 from 0 to 255, as they travel to a device."""
+        for levels, targets, indices in self._arrays():
+            images = torch.from_numpy(levels.copy()).to(self.device).permute(0, 3, 1, 2)
+            yield Batch(images, torch.from_numpy(targets.copy()).to(self.device), torch.from_numpy(indices.copy()).to(self.device))
+
+    def _arrays(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.int64]]]:
+        """Augmented images, uint8 (B, H, W, C), targets and indices; the arrays hold until the next ones are asked for."""
         epoch = self._epoch
         positions = order.epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.train)
         batches = order.rank_batches(
@@ -169,7 +185,26 @@ class Loader:
             "min_area": MIN_AREA, "max_area": 1.0, "min_ratio": 3 / 4, "max_ratio": 4 / 3,
         } if self._is_colour else {}  # fmt: skip
         for images, targets, indices in self._reader.read(wanted, verify=self._verify, **regions):
-            yield self._batch(images, targets, indices[:, 0], epoch=epoch)
+            if self.augment is Augment.SHIFT:
+                images = augmentation.shift(images, indices[:, 0], seed=self.seed, epoch=epoch)
+            if not self._is_colour:
+                images = images[:, 0, :, :, None]
+            yield images, targets if self.info.num_targets else targets[:, 0], indices[:, 0]
+
+    def _normalised(self, levels: NDArray[np.uint8]) -> Tensor:
+        count, height, width, channels = levels.shape
+        channels_last = self._memory_format is torch.channels_last
+        if self.device.type != "cpu":
+            # Bytes travel, a quarter of the floats.
+            planes = torch.from_numpy(levels.copy()).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            normalised = planes.to(torch.float32).sub_(self._mean).div_(self._std)
+            return normalised.contiguous(memory_format=self._memory_format)
+        out = torch.empty((count, channels, height, width), memory_format=self._memory_format)
+        target = out.permute(0, 2, 3, 1) if channels_last else out
+        native.normalise(
+            np.ascontiguousarray(levels), self._table, target.numpy(), to_planes=not channels_last, num_threads=self._num_threads
+        )
+        return out
 
     @property
     def _num_global_steps(self) -> int:
@@ -182,21 +217,6 @@ class Loader:
     @property
     def _is_colour(self) -> bool:
         return self._beton.fields["image"] == "RGBImageField"
-
-    def _batch(
-        self, images: NDArray[np.uint8], targets: NDArray[Any], indices: NDArray[np.int64], *, epoch: int
-    ) -> Batch:
-        # All that is read is a view of a buffer that FFCV writes to again: `indices` and `targets` are copied here.
-        indices = indices.copy()
-        targets = targets.copy() if self.info.num_targets else targets[:, 0].copy()
-        if self._is_colour:
-            images = images.transpose(0, 3, 1, 2)  # decoded as (B, H, W, C)
-        if self.augment is Augment.SHIFT:
-            images = augmentation.shift(images, indices, seed=self.seed, epoch=epoch)
-        # Bytes travel, a quarter of the floats: in one call, `to` would convert before it copies.
-        levels = torch.from_numpy(images).to(self.device).to(torch.float32)
-        normalised = levels.sub_(self._mean).div_(self._std).contiguous(memory_format=self._memory_format)
-        return Batch(normalised, torch.from_numpy(targets).to(self.device), torch.from_numpy(indices).to(self.device))
 
     def _check_fields(self) -> None:
         fields, info = self._beton.fields, self.info

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_gsl.data import images
+from dist_gsl.data import images, native
 from dist_gsl.data.info import SMALLEST_PAGE, DataError, Skipped
 from dist_gsl.data.sources import Samples
 
@@ -150,17 +150,15 @@ def encode_block(samples: Samples, start: int, stop: int, *, layout: Layout, ski
         block.contents.append(stored)
         block.checksums.append(checksum)
         block.targets.append(target)
-        levels = pixels.reshape(-1, layout.channels)
-        for channel in range(layout.channels):
-            # Sums of bytes are exact in integers, so they do not depend on the order of summation.
-            counts = np.bincount(levels[:, channel], minlength=256)
+        # Sums of bytes are exact in integers, so they do not depend on the order of summation.
+        for channel, counts in enumerate(native.histogram(pixels)):
             block.sums[channel] += int(counts @ _LEVELS)
             block.squares[channel] += int(counts @ _LEVELS**2)
-        block.num_pixels += len(levels)
+        block.num_pixels += pixels.shape[0] * pixels.shape[1]
     return block
 
 
-_LEVELS = np.arange(256, dtype=np.int64)
+_LEVELS = np.arange(256, dtype=np.uint64)
 
 
 def _encoded(content: NDArray[np.uint8] | bytes, position: int, layout: Layout) -> tuple[int, NDArray[np.uint8], bytes]:

@@ -73,6 +73,8 @@ def library() -> ctypes.CDLL:
         (found.dist_gsl_verify, [address, u64, address, u64, address, u64, u64, i32, address, address]),
         (found.dist_gsl_jpeg_size, [address, u64, address]),
         (found.dist_gsl_jpeg, [address, u64, u32, u32, address]),
+        (found.dist_gsl_histogram, [address, u64, u64, address]),
+        (found.dist_gsl_normalise, [address, u64, u64, u64, address, i32, address, u64]),
         (found.dist_gsl_region, [address, u64, u32, u32, address]),
     ):
         function.argtypes, function.restype = arguments, i32
@@ -110,3 +112,26 @@ def decode_jpeg(content: bytes) -> NDArray[np.uint8]:
     if status != 0:
         raise ValueError(REASONS[status])
     return pixels
+
+
+def histogram(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """How often each level is in each channel, (channels, 256), of pixels (H, W) or (H, W, channels)."""
+    levels = np.ascontiguousarray(pixels)
+    channels = levels.shape[2] if levels.ndim == 3 else 1
+    counts = np.zeros((channels, 256), np.uint64)
+    library().dist_gsl_histogram(levels.ctypes.data, levels.size // channels, channels, counts.ctypes.data)
+    return counts
+
+
+def normalise(
+    levels: NDArray[np.uint8], table: NDArray[np.float32], out: NDArray[np.float32], *, to_planes: bool, num_threads: int
+) -> None:
+    """Levels (B, ..., channels), channels last, to floats by a table (channels, 256); to `out` in the same order, or with the
+    channels as planes of their own."""
+    channels = len(table)
+    assert levels.flags.c_contiguous
+    assert out.size == levels.size
+    assert table.flags.c_contiguous
+    library().dist_gsl_normalise(
+        levels.ctypes.data, len(levels), levels[0].size // channels, channels, table.ctypes.data, to_planes, out.ctypes.data, num_threads
+    )

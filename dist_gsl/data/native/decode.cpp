@@ -475,6 +475,55 @@ int32_t dist_gsl_verify(const uint8_t* data, uint64_t num_bytes, const uint8_t* 
     return kGood;
 }
 
+// How often each level is in each channel of interleaved pixels: adds to `counts`, (channels, 256).
+int32_t dist_gsl_histogram(const uint8_t* pixels, uint64_t count, uint64_t channels, uint64_t* counts) {
+    // Four tables: neighbours are often alike, and an addition waits for the one before it to the same place.
+    std::vector<uint32_t> tables(size_t{4} * channels * 256, 0);
+    for (uint64_t done = 0; done < count;) {
+        const uint64_t end = std::min<uint64_t>(count, done + (uint64_t{1} << 31));
+        for (; done < end; ++done) {
+            uint32_t* table = &tables[(done & 3) * channels * 256];
+            for (uint64_t channel = 0; channel < channels; ++channel) ++table[channel * 256 + pixels[done * channels + channel]];
+        }
+        for (size_t i = 0; i < tables.size(); ++i) counts[i % (channels * 256)] += tables[i];
+        std::fill(tables.begin(), tables.end(), 0);
+    }
+    return kGood;
+}
+
+// Levels to floats by a table for each channel, (channels, 256): `count` images of `num_pixels` interleaved pixels to planes one
+// after another, or as they lie.
+int32_t dist_gsl_normalise(const uint8_t* levels, uint64_t count, uint64_t num_pixels, uint64_t channels, const float* table,
+                           int32_t to_planes, float* out, uint64_t num_threads) {
+    const uint64_t image = num_pixels * channels;
+    std::atomic<uint64_t> next{0};
+    auto work = [&] {
+        for (uint64_t i = next++; i < count; i = next++) {
+            const uint8_t* from = levels + i * image;
+            float* to = out + i * image;
+            if (to_planes && channels == 3) {
+                float *red = to, *green = to + num_pixels, *blue = green + num_pixels;
+                for (uint64_t p = 0; p < num_pixels; ++p, from += 3) {
+                    red[p] = table[from[0]];
+                    green[p] = table[256 + from[1]];
+                    blue[p] = table[512 + from[2]];
+                }
+            } else {
+                for (uint64_t p = 0; p < num_pixels; ++p) {
+                    for (uint64_t c = 0; c < channels; ++c) {
+                        to[to_planes ? c * num_pixels + p : p * channels + c] = table[256 * c + from[p * channels + c]];
+                    }
+                }
+            }
+        }
+    };
+    std::vector<std::thread> others;
+    for (uint64_t i = 1; i < std::min<uint64_t>(num_threads, count); ++i) others.emplace_back(work);
+    work();
+    for (auto& other : others) other.join();
+    return kGood;
+}
+
 // Width and height of a JPEG, and its status.
 int32_t dist_gsl_jpeg_size(const uint8_t* data, uint64_t num_bytes, uint32_t* size) {
     jpeg_decompress_struct info;
