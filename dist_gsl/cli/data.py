@@ -28,7 +28,8 @@ def add(commands: Commands) -> None:
         "write", help="write a source's splits as .beton files", description=WRITE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     write.add_argument(
-        "source", help="chars, digits, rotated-digits, or imagefolder:PATH (PATH/train/CLASS/*.jpg, PATH/val/...)"
+        "source", help="chars, digits, rotated-digits, or KIND:PATH with imagefolder (PATH/train/CLASS/*.jpg, PATH/val/...), imagenet, "
+        "places2, parquet or webdataset; PATH may be a URI"
     )
     write.add_argument("out_dir", type=Path)
     write.add_argument("--seed", type=int, default=0, help="seed of rendered and drawn sources (%(default)s)")

@@ -16,6 +16,7 @@ from PIL import Image
 import dist_gsl
 from dist_gsl import runs, storage
 from dist_gsl.cli import main
+from tests.data import layouts
 from tests.object_store import KEYS, s3
 
 pytestmark = [
@@ -247,3 +248,18 @@ def test_regression(directory: Path) -> None:
     report = json.loads((directory / "runs" / "turned" / "report.json").read_text())
     assert report["top1"] is None
     assert 0 < report["rmse"] < 1
+
+
+@pytest.mark.parametrize(("source", "recipe"), [("imagenet", "dec8-imagenet-sgl"), ("places2", "bnet-c-places2-gs")])
+def test_released_layouts_to_a_report(source: str, recipe: str, directory: Path) -> None:
+    """As a user with the whole data set would: write, train by the paper's recipe, report; small, and no other path through."""
+    root = (layouts.make_imagenet if source == "imagenet" else layouts.make_places)(directory / source)
+    out = directory / f"{source}-betons"
+    assert main(["data", "write", f"{source}:{root}", str(out), "--workers", "2"]) == 0
+    options = ["--network.width", "0.0625", "--data.size", "64", "--data.num-threads", "1", "--train.batch-size", "8", "--train.epochs", "1",
+               "--workers.num", "2", "--no-tracking"]  # fmt: skip
+    assert main(["train", recipe, "--name", source, "--data.dir", str(out), *options]) == 0
+    report = json.loads((directory / "runs" / source / "report.json").read_text())
+    assert report["top5"] == 100.0  # of three classes
+    assert report["compact"]["max_abs_difference"] < 1e-9
+    assert main(["report", f"runs/{source}"]) == 0
