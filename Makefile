@@ -1,7 +1,7 @@
 # make demo: the main job on this machine. make test: the fast tests. Both set up what they need first.
 PYTHON ?= python3
 BIN := .venv/bin
-SYSTEM_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev zlib1g-dev
+SYSTEM_PACKAGES := g++ pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev libdeflate-dev
 # Debian keeps these two apart from python3 itself.
 SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || echo python3-dev)

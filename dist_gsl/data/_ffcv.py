@@ -6,8 +6,10 @@ it inside functions.
 # ruff: noqa: E402
 
 import contextlib
+import math
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -117,6 +119,8 @@ class Stored:
                 self.settings["checksum_offset"] = offset
 
 
+_SETTINGS_PLACE: Final = 4
+"""Of the settings, in what compiled code is given."""
 _CodeKey = tuple[bool, bool, bool]
 _compiled: dict[_CodeKey, Any] = {}
 _compiling = threading.Lock()
@@ -188,14 +192,13 @@ def _batch_code(function: Any) -> Callable[..., Any]:
 
 
 class _RegionDecoder(SimpleRGBImageDecoder):
-    """FFCV's operation that reads images, by our decoder: regions drawn by sample, only what is in them decoded."""
+    """FFCV's operation that reads images, by our decoder: regions drawn by sample, only what is in them decoded.
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
+    It decodes to a buffer of ours, whose address is in the settings; FFCV's own memory is a byte, so its size is compiled nowhere.
+    """
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        shape, dtype = (self.size, self.size, 3), np.dtype("<u1")
+        shape, dtype = (1,), np.dtype("<u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable[..., Any]:
@@ -230,10 +233,42 @@ class _Loader(FfcvLoader):
         self.code = _compiled[self._code_key]
 
 
+class _Buffers:
+    """Memory for batches, used again once nobody holds it: the system clears fresh memory, which takes as long as copying."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        wanted = math.prod(shape)
+        memory = self._free.pop() if self._free else np.empty(0, np.uint8)
+        if memory.size < wanted:
+            memory = np.empty(wanted, np.uint8)
+        # Views keep this array alive and not only the memory, since the memoryview between them is no array.
+        taken = np.frombuffer(memoryview(memory)[:wanted], np.uint8)
+        weakref.finalize(taken, self._free.append, memory).atexit = False
+        return taken.reshape(shape)
+
+
 class _Epoch(EpochIterator):
-    """FFCV's reading thread; what it raises is kept and raised where the batches are consumed."""
+    """FFCV's reading thread; what it raises is kept and raised where the batches are consumed.
+
+    buffers: for images of `size` pixels a side, instead of FFCV's own memory; None where images are arrays.
+    """
 
     error: BaseException | None = None
+
+    def __init__(self, loader: FfcvLoader, order: NDArray[np.uint64], *, buffers: _Buffers | None, size: int) -> None:
+        self._buffers, self._size = buffers, size
+        super().__init__(loader, order)
+
+    def run_pipeline(self, number: int, positions: NDArray[np.uint64], *others: Any) -> tuple[Any, ...]:
+        if self._buffers is None:
+            return super().run_pipeline(number, positions, *others)
+        images = self._buffers.take((len(positions), self._size, self._size, 3))
+        self.storage_state[_SETTINGS_PLACE].view(native.SETTINGS)["out"] = images.ctypes.data
+        _, *rest = super().run_pipeline(number, positions, *others)
+        return (images, *rest)
 
     def run(self) -> None:
         try:
@@ -257,23 +292,23 @@ class BatchReader:
     Args:
         path: the beton, already checked.
         batch_size: number of samples of every batch but, perhaps, the last.
-        image_size: side of the square that colour images are resized to; None where images are arrays.
+        is_colour: are images FFCV's own in colour, and no arrays?
         target_is_array: is the target a vector of numbers and no class?
         has_checksum: has every sample a checksum, as those that we write have?
     """
 
     def __init__(
-        self, path: str, *, batch_size: int, image_size: int | None, target_is_array: bool, has_checksum: bool
+        self, path: str, *, batch_size: int, is_colour: bool, target_is_array: bool, has_checksum: bool
     ) -> None:
-        image = _ArrayReader() if image_size is None else _RegionDecoder(image_size)
+        image = _RegionDecoder() if is_colour else _ArrayReader()
         target = NDArrayDecoder() if target_is_array else IntDecoder()
         pipelines = {"image": [image], "target": [target], "index": [IntDecoder()]}
-        self._image_size = image_size
+        self._buffers = _Buffers() if is_colour else None
         torch_threads = torch.get_num_threads()
         try:
             self._loader = _Loader(
                 path,
-                code_key=(image_size is None, target_is_array, has_checksum),
+                code_key=(is_colour, target_is_array, has_checksum),
                 batch_size=batch_size,
                 num_workers=1,  # of numba, which takes ten seconds to compile for more; our decoder has its own
                 os_cache=True,
@@ -286,20 +321,20 @@ class BatchReader:
             torch.set_num_threads(torch_threads)  # FFCV's constructor overwrites it
 
     def read(
-        self, order: NDArray[np.int64], *, verify: bool = True, **settings: Any
+        self, order: NDArray[np.int64], *, size: int = 0, verify: bool = True, **settings: Any
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         """Yield (images, targets, indices) for consecutive runs of `batch_size` positions of `order`.
 
-        settings: of `native.SETTINGS`, what does not follow from the file. The arrays are views of a ring of buffers and hold until
-        the next one is asked for. Whatever ends the iteration, the reading thread is gone afterwards. DataError, naming the
+        size: side of the square that colour images are resized to. settings: others of `native.SETTINGS` that do not follow from the
+        file. Colour images may be kept; the other arrays are views of a ring of buffers and hold until the next ones are asked for. Whatever ends the iteration, the reading thread is gone afterwards. DataError, naming the
         sample, where one cannot be decoded.
         """
         manager = self._loader.memory_manager
         stored = manager.stored.settings if verify else {}
-        manager.settings = native.settings(**stored, size=self._image_size or 0, **settings).view(np.uint8)
+        manager.settings = native.settings(**stored, size=size, **settings).view(np.uint8)
         torch_threads = torch.get_num_threads()
         try:
-            epoch = _Epoch(self._loader, order.astype(np.uint64))  # the type that FFCV compiles for
+            epoch = _Epoch(self._loader, order.astype(np.uint64), buffers=self._buffers, size=size)  # the type that FFCV compiles for
         finally:
             torch.set_num_threads(torch_threads)
         try:

@@ -121,7 +121,7 @@ class Loader:
         self._reader = BatchReader(
             str(self.path),
             batch_size=self._share_of(batch_size),
-            image_size=self.size if self._is_colour else None,
+            is_colour=self._is_colour,
             target_is_array=self.info.num_targets > 0,
             has_checksum="checksum" in self._beton.fields,
         )
@@ -156,7 +156,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for levels, targets, indices in self._arrays():
-            # All that is read is a view of a buffer that FFCV writes to again: `indices` and `targets` are copied here.
+            # `targets` and `indices` are views of memory that FFCV writes to again.
             yield Batch(
                 self._normalised(levels), torch.from_numpy(targets.copy()).to(self.device), torch.from_numpy(indices.copy()).to(self.device)
             )
@@ -164,11 +164,11 @@ class Loader:
     def levels(self) -> Iterator[Batch]:
         """The same batches with the images' levels, uint8 from 0 to 255, as they travel to a device."""
         for levels, targets, indices in self._arrays():
-            images = torch.from_numpy(levels.copy()).to(self.device).permute(0, 3, 1, 2)
+            images = torch.from_numpy(levels if self._is_colour else levels.copy()).to(self.device).permute(0, 3, 1, 2)
             yield Batch(images, torch.from_numpy(targets.copy()).to(self.device), torch.from_numpy(indices.copy()).to(self.device))
 
     def _arrays(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.int64]]]:
-        """Augmented images, uint8 (B, H, W, C), targets and indices; the arrays hold until the next ones are asked for."""
+        """Augmented images, uint8 (B, H, W, C), targets and indices; they hold until the next ones are asked for, colour images longer."""
         epoch = self._epoch
         positions = order.epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.train)
         batches = order.rank_batches(
@@ -181,7 +181,7 @@ class Loader:
         )
         wanted = np.concatenate([np.empty(0, np.int64), *batches])
         regions = {
-            "crop": _CROPS[self.augment], "seed": self.seed, "epoch": epoch, "num_threads": self._num_threads, "share": 224 / 256,
+            "size": self.size, "crop": _CROPS[self.augment], "seed": self.seed, "epoch": epoch, "num_threads": self._num_threads, "share": 224 / 256,
             "min_area": MIN_AREA, "max_area": 1.0, "min_ratio": 3 / 4, "max_ratio": 4 / 3,
         } if self._is_colour else {}  # fmt: skip
         for images, targets, indices in self._reader.read(wanted, verify=self._verify, **regions):
@@ -196,7 +196,7 @@ class Loader:
         channels_last = self._memory_format is torch.channels_last
         if self.device.type != "cpu":
             # Bytes travel, a quarter of the floats.
-            planes = torch.from_numpy(levels.copy()).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            planes = torch.from_numpy(levels).to(self.device).permute(0, 3, 1, 2)
             normalised = planes.to(torch.float32).sub_(self._mean).div_(self._std)
             return normalised.contiguous(memory_format=self._memory_format)
         out = torch.empty((count, channels, height, width), memory_format=self._memory_format)

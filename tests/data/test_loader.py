@@ -333,3 +333,18 @@ def test_truncated_file_is_refused_before_reading(chars_dir: Path, tmp_path: Pat
     path.write_bytes(path.read_bytes()[:-1_000])
     with pytest.raises(data.DataError, match="cut short"):
         Loader(path, batch_size=4, train=True)
+
+
+def test_images_may_be_kept_and_memory_is_used_again(colour_dir: Path) -> None:
+    loader = Loader(colour_dir / "train.beton", batch_size=4, train=True, size=24, augment=Augment.RANDOM_RESIZED)
+    whole = [batch.images.clone() for batch in loader.levels()]
+    kept = [batch.images[1:, :, ::2] for batch in loader.levels()]  # a view alone must hold the memory
+    assert len({images.data_ptr() for images in kept}) == len(whole) == 6
+    for images, wanted in zip(kept, whole, strict=True):
+        assert torch.equal(images, wanted[1:, :, ::2])
+    del kept
+    places = set()
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        places |= {batch.images.data_ptr() for batch in loader.levels()}
+    assert len(places) <= 6

@@ -187,6 +187,20 @@ def test_grey_jpegs_become_colour() -> None:
     assert np.ptp(image, axis=2).max() == 0
 
 
+@given(width=st.integers(1, 200), height=st.integers(1, 200), size=st.integers(1, 70), seed=st.integers(0, 1000))
+def test_wide_vectors_give_the_same_pixels(width: int, height: int, size: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    file = File.of(image.tobytes(), mode=RAW, width=width, height=height)
+    chosen: dict[str, Any] = {"size": size, "seed": seed, **RANDOM}
+    with_vectors = file.decode([0], **chosen)[1]
+    try:
+        assert native.library().dist_gsl_use_vectors(0) == 0
+        without = file.decode([0], **chosen)[1]
+    finally:
+        native.library().dist_gsl_use_vectors(1)
+    np.testing.assert_array_equal(with_vectors, without)
+
+
 def test_batches_do_not_depend_on_threads() -> None:
     jpegs = [as_jpeg(photograph[:, shift : shift + 500]) for shift in range(0, 140, 10)]
     file = File.of(*jpegs, mode=JPEG, width=500, height=427)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MODULE: Final = "_dist_gsl_decode"
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the functions that this code calls."""
 
 
@@ -31,10 +31,12 @@ class Crop(IntEnum):
 
 SETTINGS: Final = np.dtype(
     [("crop", "<u8"), ("seed", "<u8"), ("epoch", "<u8"), ("size", "<u8"), ("num_threads", "<u8"),
-     ("checksum_offset", "<u8"), ("target_offset", "<u8"), ("target_bytes", "<u8"), ("share", "<f8"), ("min_area", "<f8"), ("max_area", "<f8"), ("min_ratio", "<f8"), ("max_ratio", "<f8")]
+     ("checksum_offset", "<u8"), ("target_offset", "<u8"), ("target_bytes", "<u8"), ("out", "<u8"), ("share", "<f8"), ("min_area", "<f8"),
+     ("max_area", "<f8"), ("min_ratio", "<f8"), ("max_ratio", "<f8")]
 )  # fmt: skip
-"""The settings of a batch: `size` of the output in pixels, `share` of the shorter side, areas as shares of the image's, ratios
-of width to height. In a row, `checksum_offset` is where its checksum is (0: none is verified), `target_offset` where the address
+"""The settings of a batch: `size` of the output in pixels, `out` the address that decoded images go to (0: to the
+function's argument), `share` of the shorter side,
+areas as shares of the image's, ratios of width to height. In a row, `checksum_offset` is where its checksum is (0: none is verified), `target_offset` where the address
 of the target's `target_bytes` is (0: the target is in the row itself)."""
 
 REASONS: Final = {
@@ -57,7 +59,7 @@ def library() -> ctypes.CDLL:
 
     `ImportError` where they are missing, or of another version than this code.
     """
-    remedy = "install the same dist_gsl here and on every node (pip compiles it: libjpeg's headers and a compiler are needed)"
+    remedy = "install the same dist_gsl here and on every node (pip compiles it: a compiler and the headers of libjpeg and libdeflate are needed)"
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None:
         raise ImportError(f"the decoder {MODULE} is missing: {remedy}")
@@ -76,6 +78,7 @@ def library() -> ctypes.CDLL:
         (found.dist_gsl_histogram, [address, u64, u64, address]),
         (found.dist_gsl_normalise, [address, u64, u64, u64, address, i32, address, u64]),
         (found.dist_gsl_region, [address, u64, u32, u32, address]),
+        (found.dist_gsl_use_vectors, [i32]),
     ):
         function.argtypes, function.restype = arguments, i32
     return found

@@ -25,7 +25,7 @@
 
 extern "C" {
 #include <jpeglib.h>
-#include <zlib.h>
+#include <libdeflate.h>
 }
 
 namespace {
@@ -49,6 +49,7 @@ struct Settings {
     // Where in a row its checksum is (0: nowhere, nothing is verified), and the address of its target (0: it is in the row),
     // of so many bytes.
     uint64_t checksum_offset, target_offset, target_bytes;
+    uint64_t out;                 // address of the batch, or 0
     double share;                 // of the shorter side, that the central square has
     double min_area, max_area;    // shares of the image's area
     double min_ratio, max_ratio;  // width / height
@@ -144,11 +145,30 @@ void count_warning(j_common_ptr info, int level) {
 
 void say_nothing(j_common_ptr) {}
 
+// libjpeg's errors go to `failure.jump`; what it warns of is counted.
+jpeg_error_mgr* handled_by(Failure& failure) {
+    jpeg_error_mgr* manager = jpeg_std_error(&failure.manager);
+    manager->error_exit = fail;
+    manager->emit_message = count_warning;
+    manager->output_message = say_nothing;
+    return manager;
+}
+
+constexpr size_t kMargin = 64;  // bytes that wide loads and stores may touch behind the last ones that count
+
+// For each output of one direction, where its inputs begin and their weights, `taps` of them, zeros at the end.
+struct Filter {
+    int taps;
+    std::vector<int32_t> first;
+    std::vector<int16_t> weights;
+};
+
 // What a thread keeps between images.
 struct Scratch {
-    std::vector<uint8_t> row, pixels, columns;
-    std::vector<int32_t> first, count;
-    std::vector<int16_t> weights;
+    std::vector<uint8_t> pixels, row;
+    std::vector<double> exact;
+    std::vector<int16_t> spread;
+    Filter vertical, horizontal;
 };
 
 // Where the pixels of a region are: `scale` of the image's own pixels go into one of these.
@@ -159,14 +179,13 @@ struct Pixels {
     double left, top, right, bottom;  // the region within them
 };
 
+constexpr uint32_t kLines = 8;  // read at once
+
 Status decode_jpeg(const uint8_t* data, uint64_t num_bytes, const Row& row, const Region& region, uint32_t size, Scratch& scratch,
                    Pixels& pixels) {
     jpeg_decompress_struct info;
     Failure failure;
-    info.err = jpeg_std_error(&failure.manager);
-    failure.manager.error_exit = fail;
-    failure.manager.emit_message = count_warning;
-    failure.manager.output_message = say_nothing;
+    info.err = handled_by(failure);
     if (setjmp(failure.jump)) {  // nothing below may own memory: it would not be freed
         jpeg_destroy_decompress(&info);
         return kBadJpeg;
@@ -194,18 +213,20 @@ Status decode_jpeg(const uint8_t* data, uint64_t num_bytes, const Row& row, cons
     const uint32_t right = std::min<uint32_t>(info.output_width, (region.x + region.width + scale - 1) / scale);
     const uint32_t bottom = std::min<uint32_t>(info.output_height, (region.y + region.height + scale - 1) / scale);
     JDIMENSION start = left > 0 ? left - 1 : 0, width = std::min<uint32_t>(info.output_width, right + 1) - start;
-    if (width < info.output_width) jpeg_crop_scanline(&info, &start, &width);
-    pixels = {scratch.pixels.data(), right - left, bottom - top, size_t{3} * (right - left),
+    if (width < info.output_width) jpeg_crop_scanline(&info, &start, &width);  // it moves both to whole blocks
+    const size_t stride = size_t{3} * info.output_width;
+    pixels = {scratch.pixels.data() + size_t{3} * (left - start), right - left, bottom - top, stride,
               static_cast<double>(region.x) / scale - left, static_cast<double>(region.y) / scale - top,
               static_cast<double>(region.x + region.width) / scale - left,
               static_cast<double>(region.y + region.height) / scale - top};
-    // libjpeg's cropping of columns moves them; rows are skipped to the region's first.
     if (top > 0) jpeg_skip_scanlines(&info, top);
-    JSAMPROW line = scratch.row.data();
-    uint8_t* out = scratch.pixels.data();
-    for (uint32_t y = top; y < bottom; ++y, out += pixels.stride) {
-        if (jpeg_read_scanlines(&info, &line, 1) != 1) break;
-        std::memcpy(out, line + size_t{3} * (left - start), pixels.stride);
+    JSAMPROW lines[kLines];
+    for (uint32_t y = top; y < bottom;) {
+        const uint32_t wanted = std::min(kLines, bottom - y);
+        for (uint32_t i = 0; i < wanted; ++i) lines[i] = scratch.pixels.data() + (y - top + i) * stride;
+        const uint32_t done = jpeg_read_scanlines(&info, lines, wanted);
+        if (done == 0) break;
+        y += done;
     }
     const bool is_bad = info.err->num_warnings > 0 || info.output_scanline < bottom;
     jpeg_abort_decompress(&info);
@@ -218,14 +239,13 @@ Status decode_jpeg(const uint8_t* data, uint64_t num_bytes, const Row& row, cons
 constexpr int kBits = 14;  // of a weight: 1.0 fits 16 bits with its sign, and any sum 32
 constexpr int32_t kHalf = 1 << (kBits - 1);
 
-// For each of `size` outputs over [low, high): its first input, how many, and their weights, `taps` a piece.
-int filter(double low, double high, uint32_t num_inputs, uint32_t size, Scratch& scratch) {
+// The triangle filter from inputs [low, high) of `num_inputs` to `size` outputs; mirrored: the last output first.
+void make_filter(double low, double high, uint32_t num_inputs, uint32_t size, bool mirrored, Filter& filter, std::vector<double>& exact) {
     const double scale = (high - low) / size, support = std::max(1.0, scale);
-    const int taps = static_cast<int>(std::ceil(support)) * 2 + 2;  // even, with a zero after an odd number
-    scratch.first.resize(size);
-    scratch.count.resize(size);
-    scratch.weights.assign(size_t{size} * taps, 0);
-    std::vector<double> exact(taps);
+    filter.taps = (static_cast<int>(std::ceil(support)) * 2 + 1 + 3) / 4 * 4;  // whole groups of four
+    filter.first.resize(size);
+    filter.weights.assign(size_t{size} * filter.taps, 0);
+    exact.resize(filter.taps);
     for (uint32_t i = 0; i < size; ++i) {
         const double middle = low + (i + 0.5) * scale;
         const int begin = std::max(0, static_cast<int>(middle - support + 0.5));
@@ -235,114 +255,159 @@ int filter(double low, double high, uint32_t num_inputs, uint32_t size, Scratch&
             exact[k - begin] = std::max(0.0, 1.0 - std::abs((k - middle + 0.5) / support));
             total += exact[k - begin];
         }
+        const uint32_t place = mirrored ? size - 1 - i : i;
         int left = 1 << kBits, largest = 0;
-        int16_t* weights = &scratch.weights[size_t{i} * taps];
+        int16_t* weights = &filter.weights[size_t{place} * filter.taps];
         for (int k = 0; k < end - begin; ++k) {
             weights[k] = static_cast<int16_t>(std::lrint(exact[k] / total * (1 << kBits)));
             left -= weights[k];
             if (weights[k] > weights[largest]) largest = k;
         }
         weights[largest] = static_cast<int16_t>(weights[largest] + left);  // so that white stays white
-        scratch.first[i] = begin;
-        scratch.count[i] = end - begin;
+        filter.first[place] = begin;
     }
+}
+
+// The first place in `spread` that 32-byte loads are fast from; 16 more elements than needed leave room for it.
+int16_t* aligned(std::vector<int16_t>& spread) {
+    return reinterpret_cast<int16_t*>((reinterpret_cast<uintptr_t>(spread.data()) + 31) / 32 * 32);
+}
+
+// Of `taps` weights, how many there are before the zeros at the end.
+int num_used(const int16_t* weights, int taps) {
+    while (taps > 1 && weights[taps - 1] == 0) --taps;
     return taps;
 }
 
-// out[i] = sum over k of weights[k] * lines[k * stride + i], for i in [0, num_bytes).
-void sum_rows_plain(const uint8_t* lines, size_t stride, const int16_t* weights, int count, size_t begin, size_t num_bytes, uint8_t* out) {
-    for (size_t i = begin; i < num_bytes; ++i) {
+// out[i] = sum over k of weights[k] * lines[k * stride + i], for i in [begin, end).
+void sum_rows_plain(const uint8_t* lines, size_t stride, const int16_t* weights, int count, size_t begin, size_t end, uint8_t* out) {
+    for (size_t i = begin; i < end; ++i) {
         int32_t sum = kHalf;
         for (int k = 0; k < count; ++k) sum += lines[k * stride + i] * weights[k];
         out[i] = static_cast<uint8_t>(sum >> kBits);
     }
 }
 
-void sum_pixels_plain(const uint8_t* from, const int16_t* weights, int count, uint8_t* pixel) {
-    int32_t red = kHalf, green = kHalf, blue = kHalf;
-    for (int k = 0; k < count; ++k, from += 3) {
-        red += from[0] * weights[k];
-        green += from[1] * weights[k];
-        blue += from[2] * weights[k];
+// A row of the output: each pixel the sum of neighbours in `row`.
+void sum_pixels_plain(const uint8_t* row, const Filter& filter, uint32_t begin, uint32_t size, uint8_t* out) {
+    for (uint32_t x = begin; x < size; ++x) {
+        const uint8_t* from = row + size_t{3} * filter.first[x];
+        const int16_t* weights = &filter.weights[size_t{x} * filter.taps];
+        const int count = num_used(weights, filter.taps);
+        for (int channel = 0; channel < 3; ++channel) {
+            int32_t sum = kHalf;
+            for (int k = 0; k < count; ++k) sum += from[3 * k + channel] * weights[k];
+            out[3 * x + channel] = static_cast<uint8_t>(sum >> kBits);
+        }
     }
-    pixel[0] = static_cast<uint8_t>(red >> kBits);
-    pixel[1] = static_cast<uint8_t>(green >> kBits);
-    pixel[2] = static_cast<uint8_t>(blue >> kBits);
 }
 
 #if defined(__x86_64__)
-// The same sums, two terms in one multiplication. Weights are padded by a zero to an even number.
+// The same sums, two terms in one multiplication.
 
-__attribute__((target("ssse3"))) void sum_rows(const uint8_t* lines, size_t stride, const int16_t* weights, int count, size_t num_bytes,
-                                              uint8_t* out) {
-    const __m128i zero = _mm_setzero_si128();
+__attribute__((target("avx2"))) void sum_rows(const uint8_t* lines, size_t stride, const int16_t* weights, int count, size_t num_bytes,
+                                            uint8_t* out) {
+    const __m256i zero = _mm256_setzero_si256();
     size_t i = 0;
-    for (; i + 16 <= num_bytes; i += 16) {
-        __m128i sums[4];
-        for (auto& sum : sums) sum = _mm_set1_epi32(kHalf);
+    for (; i + 32 <= num_bytes; i += 32) {
+        __m256i sums[4];
+        for (auto& sum : sums) sum = _mm256_set1_epi32(kHalf);
         for (int k = 0; k < count; k += 2) {
             const uint8_t* line = lines + k * stride + i;
-            const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
-            const __m128i two = k + 1 < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(line + stride)) : zero;
-            const __m128i pair = _mm_set1_epi32(static_cast<uint16_t>(weights[k]) | static_cast<int32_t>(weights[k + 1]) << 16);
-            const __m128i low = _mm_unpacklo_epi8(one, two), high = _mm_unpackhi_epi8(one, two);
-            sums[0] = _mm_add_epi32(sums[0], _mm_madd_epi16(_mm_unpacklo_epi8(low, zero), pair));
-            sums[1] = _mm_add_epi32(sums[1], _mm_madd_epi16(_mm_unpackhi_epi8(low, zero), pair));
-            sums[2] = _mm_add_epi32(sums[2], _mm_madd_epi16(_mm_unpacklo_epi8(high, zero), pair));
-            sums[3] = _mm_add_epi32(sums[3], _mm_madd_epi16(_mm_unpackhi_epi8(high, zero), pair));
+            const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
+            const __m256i two = k + 1 < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + stride)) : zero;
+            const __m256i pair = _mm256_set1_epi32(static_cast<uint16_t>(weights[k]) | static_cast<int32_t>(weights[k + 1]) << 16);
+            const __m256i low = _mm256_unpacklo_epi8(one, two), high = _mm256_unpackhi_epi8(one, two);
+            sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_unpacklo_epi8(low, zero), pair));
+            sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(_mm256_unpackhi_epi8(low, zero), pair));
+            sums[2] = _mm256_add_epi32(sums[2], _mm256_madd_epi16(_mm256_unpacklo_epi8(high, zero), pair));
+            sums[3] = _mm256_add_epi32(sums[3], _mm256_madd_epi16(_mm256_unpackhi_epi8(high, zero), pair));
         }
-        for (auto& sum : sums) sum = _mm_srai_epi32(sum, kBits);
-        const __m128i bytes = _mm_packus_epi16(_mm_packs_epi32(sums[0], sums[1]), _mm_packs_epi32(sums[2], sums[3]));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bytes);
+        for (auto& sum : sums) sum = _mm256_srai_epi32(sum, kBits);
+        const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes);
     }
     sum_rows_plain(lines, stride, weights, count, i, num_bytes, out);
 }
 
-// `from` is read up to 8 bytes from its last pair of pixels, `pixel` written up to 4 bytes.
-__attribute__((target("ssse3"))) void sum_pixels(const uint8_t* from, const int16_t* weights, int count, uint8_t* pixel) {
-    const __m128i pairs = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
-    __m128i sum = _mm_set1_epi32(kHalf);
-    for (int k = 0; k < count; k += 2, from += 6) {
-        const __m128i two = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), pairs);
-        int32_t both;
-        std::memcpy(&both, weights + k, sizeof both);
-        sum = _mm_add_epi32(sum, _mm_madd_epi16(two, _mm_set1_epi32(both)));
+// Weights as `sum_pixels` multiplies by them: of four taps, the first two four times, then the other two.
+void spread_weights(const Filter& filter, std::vector<int16_t>& spread) {
+    spread.resize(filter.weights.size() * 4 + 16);
+    int16_t* to = aligned(spread);
+    for (size_t group = 0; group < filter.weights.size(); group += 4) {
+        for (size_t half = group; half < group + 4; half += 2) {
+            for (int copy = 0; copy < 4; ++copy, to += 2) std::memcpy(to, &filter.weights[half], 2 * sizeof *to);
+        }
     }
-    sum = _mm_srai_epi32(sum, kBits);
-    const int32_t bytes = _mm_cvtsi128_si32(_mm_packus_epi16(_mm_packs_epi32(sum, sum), sum));
-    std::memcpy(pixel, &bytes, 3);
 }
 
-const bool has_ssse3 = __builtin_cpu_supports("ssse3");
+// `row` is read up to as many pixels as there are taps behind its end, and 4 bytes. kGroups: of four taps; 0: as many as there are.
+// Returns how many pixels were done: those whose stores stay within the row.
+template <int kGroups>
+__attribute__((target("avx2"))) uint32_t sum_pixels(const uint8_t* row, const Filter& filter, const int16_t* spread, uint32_t size,
+                                                  uint8_t* out) {
+    const __m256i taps = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,
+                                          6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
+    const __m128i packed = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1), half = _mm_set1_epi32(kHalf);
+    const int groups = kGroups ? kGroups : filter.taps / 4;
+    const int32_t* first = filter.first.data();
+    const auto* weights = reinterpret_cast<const __m256i*>(spread);
+    uint32_t x = 0;
+    for (; 3 * (x + 4) + 4 <= 3 * size; x += 4) {
+        __m128i pixels[4];
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t* from = row + ptrdiff_t{3} * first[x + i];
+            __m256i sum = _mm256_setzero_si256();
+            for (int group = 0; group < groups; ++group, from += 12, ++weights) {
+                const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(both, taps), *weights));
+            }
+            const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+            pixels[i] = _mm_srai_epi32(_mm_add_epi32(total, half), kBits);
+        }
+        const __m128i bytes = _mm_packus_epi16(_mm_packs_epi32(pixels[0], pixels[1]), _mm_packs_epi32(pixels[2], pixels[3]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + size_t{3} * x), _mm_shuffle_epi8(bytes, packed));
+    }
+    return x;
+}
+
+uint32_t sum_pixels(const uint8_t* row, const Filter& filter, const int16_t* spread, uint32_t size, uint8_t* out) {
+    switch (filter.taps) {
+        case 4: return sum_pixels<1>(row, filter, spread, size, out);
+        case 8: return sum_pixels<2>(row, filter, spread, size, out);
+        default: return sum_pixels<0>(row, filter, spread, size, out);
+    }
+}
+
+bool uses_vectors = __builtin_cpu_supports("avx2");
 #else
-constexpr bool has_ssse3 = false;
+bool uses_vectors = false;
 void sum_rows(const uint8_t*, size_t, const int16_t*, int, size_t, uint8_t*) {}
-void sum_pixels(const uint8_t*, const int16_t*, int, uint8_t*) {}
+void spread_weights(const Filter&, std::vector<int16_t>&) {}
+uint32_t sum_pixels(const uint8_t*, const Filter&, const int16_t*, uint32_t, uint8_t*) { return 0; }
 #endif
 
-// Rows first, so that fewer are left for the columns, where each pixel is a sum of its own.
+// A row of the output at a time: first the rows that it is a sum of, then in this one row the columns.
 void resize(const Pixels& pixels, uint32_t size, bool mirrored, uint8_t* out, Scratch& scratch) {
     const size_t row_bytes = size_t{3} * pixels.width;
-    scratch.columns.resize(row_bytes * size + 8);
-    int taps = filter(pixels.top, pixels.bottom, pixels.height, size, scratch);
-    for (uint32_t y = 0; y < size; ++y) {
-        const uint8_t* lines = pixels.data + scratch.first[y] * pixels.stride;
-        const int16_t* weights = &scratch.weights[size_t{y} * taps];
-        uint8_t* to = &scratch.columns[y * row_bytes];
-        if (has_ssse3) sum_rows(lines, pixels.stride, weights, scratch.count[y], row_bytes, to);
-        else sum_rows_plain(lines, pixels.stride, weights, scratch.count[y], 0, row_bytes, to);
-    }
-    taps = filter(pixels.left, pixels.right, pixels.width, size, scratch);
-    for (uint32_t y = 0; y < size; ++y) {
-        const uint8_t* line = &scratch.columns[y * row_bytes];
-        uint8_t* to = out + size_t{3} * size * y;
-        for (uint32_t x = 0; x < size; ++x) {
-            const uint8_t* from = line + size_t{3} * scratch.first[x];
-            const int16_t* weights = &scratch.weights[size_t{x} * taps];
-            uint8_t* pixel = to + size_t{3} * (mirrored ? size - 1 - x : x);
-            if (has_ssse3) sum_pixels(from, weights, scratch.count[x], pixel);
-            else sum_pixels_plain(from, weights, scratch.count[x], pixel);
+    Filter &vertical = scratch.vertical, &horizontal = scratch.horizontal;
+    make_filter(pixels.top, pixels.bottom, pixels.height, size, false, vertical, scratch.exact);
+    make_filter(pixels.left, pixels.right, pixels.width, size, mirrored, horizontal, scratch.exact);
+    scratch.row.resize(row_bytes + size_t{3} * horizontal.taps + kMargin);
+    if (uses_vectors) spread_weights(horizontal, scratch.spread);
+    uint8_t* row = scratch.row.data();
+    for (uint32_t y = 0; y < size; ++y, out += size_t{3} * size) {
+        const uint8_t* lines = pixels.data + vertical.first[y] * pixels.stride;
+        const int16_t* weights = &vertical.weights[size_t{y} * vertical.taps];
+        const int count = num_used(weights, vertical.taps);
+        uint32_t done = 0;
+        if (uses_vectors) {
+            sum_rows(lines, pixels.stride, weights, count, row_bytes, row);
+            done = sum_pixels(row, horizontal, aligned(scratch.spread), size, out);
+        } else {
+            sum_rows_plain(lines, pixels.stride, weights, count, 0, row_bytes, row);
         }
+        sum_pixels_plain(row, horizontal, done, size, out);
     }
 }
 
@@ -366,13 +431,13 @@ uint64_t number_at(const uint8_t* address) {
 // The image's data, then those of its target, then the row that leads to them: what `writer.py` has summed up.
 Status verify(const File& file, const uint8_t* row, const uint8_t* data, uint64_t size, const Settings& settings) {
     if (settings.checksum_offset == 0) return kGood;
-    uLong sum = crc32_z(0, data, size);
+    uint32_t sum = libdeflate_crc32(0, data, size);
     if (settings.target_offset != 0) {
         const uint64_t target = number_at(row + settings.target_offset);
         if (!file.holds(target, settings.target_bytes)) return kOutside;
-        sum = crc32_z(sum, file.data + target, settings.target_bytes);
+        sum = libdeflate_crc32(sum, file.data + target, settings.target_bytes);
     }
-    sum = crc32_z(sum, row, settings.checksum_offset);
+    sum = libdeflate_crc32(sum, row, settings.checksum_offset);
     return sum == number_at(row + settings.checksum_offset) ? kGood : kChecksum;
 }
 
@@ -393,8 +458,7 @@ Status decode_one(const File& file, uint64_t sample, const Settings& settings, u
         pixels = {data + region.y * stride + size_t{3} * region.x, region.width, region.height, stride, 0.0, 0.0,
                   static_cast<double>(region.width), static_cast<double>(region.height)};
     } else {
-        scratch.row.resize(size_t{3} * row.width + 256);
-        scratch.pixels.resize(size_t{3} * row.width * row.height);
+        scratch.pixels.resize(size_t{3} * row.width * row.height + kMargin);
         if (const Status status = decode_jpeg(data, num_bytes, row, region, size, scratch, pixels)) return status;
     }
     resize(pixels, size, region.mirrored, out, scratch);
@@ -415,13 +479,22 @@ Status copy_one(const File& file, uint64_t sample, const Settings& settings, uin
 extern "C" {
 
 // Changes with the functions below, so that code which calls an older library says so.
-int32_t dist_gsl_decode_version() { return 1; }
+int32_t dist_gsl_decode_version() { return 2; }
 
-// Decodes samples `positions[0..count)` to `out`, uint8 (count, size, size, 3). Returns 0; or the status of the first sample of
-// the batch that is not good, which is then in `bad_sample`.
+// Whether wide vectors are used, where the CPU has them: pixels are the same without. Returns whether they are.
+int32_t dist_gsl_use_vectors(int32_t wanted) {
+#if defined(__x86_64__)
+    uses_vectors = wanted && __builtin_cpu_supports("avx2");
+#endif
+    return uses_vectors;
+}
+
+// Decodes samples `positions[0..count)` to `out`, or where the settings say, uint8 (count, size, size, 3). Returns 0; or the status
+// of the first sample of the batch that is not good, which is then in `bad_sample`.
 int32_t dist_gsl_decode(const uint8_t* data, uint64_t num_bytes, const uint8_t* rows, uint64_t row_stride, const uint64_t* sizes,
                         const uint64_t* positions, uint64_t count, const Settings* settings, uint8_t* out, uint64_t* bad_sample) {
     const File file{data, num_bytes, rows, row_stride, sizes};
+    if (settings->out) out = reinterpret_cast<uint8_t*>(settings->out);
     const size_t image_bytes = size_t{3} * settings->size * settings->size;
     std::atomic<uint64_t> next{0};
     std::vector<int32_t> statuses(count, kGood);
@@ -528,10 +601,7 @@ int32_t dist_gsl_normalise(const uint8_t* levels, uint64_t count, uint64_t num_p
 int32_t dist_gsl_jpeg_size(const uint8_t* data, uint64_t num_bytes, uint32_t* size) {
     jpeg_decompress_struct info;
     Failure failure;
-    info.err = jpeg_std_error(&failure.manager);
-    failure.manager.error_exit = fail;
-    failure.manager.emit_message = count_warning;
-    failure.manager.output_message = say_nothing;
+    info.err = handled_by(failure);
     if (setjmp(failure.jump)) {
         jpeg_destroy_decompress(&info);
         return kBadJpeg;
@@ -548,13 +618,12 @@ int32_t dist_gsl_jpeg_size(const uint8_t* data, uint64_t num_bytes, uint32_t* si
 // A whole JPEG to `out`, uint8 (height, width, 3). What libjpeg only warns of, as of data that end early, is an error here.
 int32_t dist_gsl_jpeg(const uint8_t* data, uint64_t num_bytes, uint32_t width, uint32_t height, uint8_t* out) {
     Scratch scratch;
-    scratch.row.resize(size_t{3} * width + 256);
-    scratch.pixels.resize(size_t{3} * width * height);
+    scratch.pixels.resize(size_t{3} * width * height + kMargin);
     Row row{kJpeg, static_cast<uint16_t>(width), static_cast<uint16_t>(height), 0};
     Pixels pixels;
     const Region whole{0, 0, width, height, false};
     if (const Status status = decode_jpeg(data, num_bytes, row, whole, std::max(width, height), scratch, pixels)) return status;
-    std::memcpy(out, scratch.pixels.data(), scratch.pixels.size());
+    std::memcpy(out, scratch.pixels.data(), size_t{3} * width * height);
     return kGood;
 }
 
