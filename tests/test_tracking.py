@@ -185,6 +185,27 @@ def test_parallel_runs_create_one_store(tmp_path: Path) -> None:
 # --- the model
 
 
+def test_an_experiment_that_another_run_creates_meanwhile(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    original = MlflowClient.get_experiment_by_name
+
+    def overtaken(self: MlflowClient, name: str) -> Any:
+        found = original(self, name)
+        if found is None:
+            self.create_experiment(name)
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", overtaken)
+    tracker = MlflowTracker(runs_dir, experiment="overtaken")
+    run_id = tracker.start("a", {}, {})
+    tracker.end()
+    assert run_id is not None
+    found = original(client(runs_dir), "overtaken")
+    assert found is not None
+    assert client(runs_dir).get_run(run_id).info.experiment_id == found.experiment_id
+
+
 @pytest.mark.slow
 def test_model_loads_without_this_project(runs_dir: Path, tmp_path: Path) -> None:
     tracker, run_id = started(runs_dir)

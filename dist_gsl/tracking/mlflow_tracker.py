@@ -274,8 +274,18 @@ class MlflowTracker(Tracker):
         found = client.get_experiment_by_name(self._experiment)
         if found is not None:
             return found.experiment_id
+        from mlflow.exceptions import MlflowException
+
         location = artifact_root(self._runs_dir).as_uri() if in_database else None  # a server has its own
-        return client.create_experiment(self._experiment, artifact_location=location)
+        try:
+            return client.create_experiment(self._experiment, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(self._experiment)  # another run has begun at the same moment
+            if found is None:
+                raise
+            return found.experiment_id
 
 
 def _metrics_sender(values: Mapping[str, float | None], step: int) -> Callable[[MlflowClient, str], None]:
