@@ -21,6 +21,10 @@ given again. What the settings cost and give, for photographs of ImageNet's size
 """
 
 
+_DEFAULT = object()
+"""Stands for a side that was not given, as none is one that may be."""
+
+
 def add(commands: Commands) -> None:
     data = commands.add_parser("data", help="write, check and show data files", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=OneLineParser)
@@ -29,15 +33,19 @@ def add(commands: Commands) -> None:
     )
     write.add_argument(
         "source", help="chars, digits, rotated-digits, or KIND:PATH with imagefolder (PATH/train/CLASS/*.jpg, PATH/val/...), imagenet, "
-        "places2, parquet or webdataset; PATH may be a URI"
+        "places2, icdar, parquet or webdataset; PATH may be a URI"
     )
     write.add_argument("out_dir", type=Path)
     write.add_argument("--seed", type=int, default=0, help="seed of rendered and drawn sources (%(default)s)")
     write.add_argument(
-        "--max-side", type=_side, help="longest side of stored colour images in pixels, or none (400; with --as-is: none)"
+        "--max-side", type=_side, default=_DEFAULT, metavar="PIXELS",
+        help="longest side of stored colour images in pixels, or none (400; with --as-is: none)",
     )
     write.add_argument("--jpeg-quality", type=int, default=90, help="of images that are stored as JPEG, 1 to 100 (%(default)s)")
     write.add_argument("--jpeg-share", type=float, help="share stored as JPEG, the others are raw (0.5; with --as-is: 1)")
+    write.add_argument(
+        "--grey", type=int, metavar="SIDE", help="store colour images as grey squares of this side, without loss: for characters and digits"
+    )
     write.add_argument("--as-is", action="store_true", help="store JPEG files that need no change byte for byte")
     write.add_argument(
         "--on-bad", choices=("end", "skip"), default="end",
@@ -54,7 +62,12 @@ def add(commands: Commands) -> None:
 
 
 def _side(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    if text == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is a number of pixels or none, not {text!r}") from None
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -65,12 +78,12 @@ def _write(options: argparse.Namespace, console: Console) -> int:
     from dist_gsl import data
     from dist_gsl.display import Steps
 
-    max_side = options.max_side or (None if options.as_is else 400)
+    max_side = (None if options.as_is else 400) if options.max_side is _DEFAULT else options.max_side
     jpeg_share = options.jpeg_share if options.jpeg_share is not None else (1.0 if options.as_is else 0.5)
     with Steps(console) as steps:
         files = data.write(
             options.source, options.out_dir, seed=options.seed, max_side=max_side, jpeg_quality=options.jpeg_quality,
-            jpeg_share=jpeg_share, as_is=options.as_is, on_bad=options.on_bad, num_workers=options.workers, progress=steps,
+            jpeg_share=jpeg_share, as_is=options.as_is, grey=options.grey, on_bad=options.on_bad, num_workers=options.workers, progress=steps,
         )  # fmt: skip
     info = data.dataset_info(options.out_dir)
     for split, path in files.items():

@@ -7,9 +7,11 @@ it inside functions.
 
 import contextlib
 import math
+import mmap
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -106,10 +108,10 @@ class Stored:
         self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
         fields = list(reader.handlers.items())
         self.is_colour = isinstance(fields[0][1], RGBImageField)
-        pointers = self.rows["f0"]["data_ptr"] if self.is_colour else self.rows["f0"]
-        places = np.searchsorted(self.ptrs, pointers).clip(max=len(self.ptrs) - 1)
+        self.pointers = self.rows["f0"]["data_ptr"] if self.is_colour else self.rows["f0"]
+        places = np.searchsorted(self.ptrs, self.pointers).clip(max=len(self.ptrs) - 1)
         # Nothing is where no entry of the table begins.
-        self.image_sizes = np.where(self.ptrs[places] == pointers, self.sizes[places], np.uint64(0)).astype(np.uint64)
+        self.image_sizes = np.where(self.ptrs[places] == self.pointers, self.sizes[places], np.uint64(0)).astype(np.uint64)
         self.settings: dict[str, int] = {}
         for number, (name, handler) in enumerate(fields):
             offset = self.rows.dtype.fields[f"f{number}"][1]
@@ -245,7 +247,7 @@ class _Buffers:
         if memory.size < wanted:
             memory = np.empty(wanted, np.uint8)
         # Views keep this array alive and not only the memory, since the memoryview between them is no array.
-        taken = np.frombuffer(memoryview(memory)[:wanted], np.uint8)
+        taken = np.frombuffer(memory.data[:wanted], np.uint8)
         weakref.finalize(taken, self._free.append, memory).atexit = False
         return taken.reshape(shape)
 
@@ -254,15 +256,34 @@ class _Epoch(EpochIterator):
     """FFCV's reading thread; what it raises is kept and raised where the batches are consumed.
 
     buffers: for images of `size` pixels a side, instead of FFCV's own memory; None where images are arrays.
+    windows: where in `order` each part begins that is fetched from the disk before it is read; none: nothing is.
     """
 
     error: BaseException | None = None
 
-    def __init__(self, loader: FfcvLoader, order: NDArray[np.uint64], *, buffers: _Buffers | None, size: int) -> None:
+    def __init__(
+        self, loader: FfcvLoader, order: NDArray[np.uint64], *, buffers: _Buffers | None, size: int, windows: NDArray[np.int64]
+    ) -> None:
         self._buffers, self._size = buffers, size
+        # Each is fetched when the one before it is begun.
+        begins = [0, *(windows[:-1] // loader.batch_size).tolist()]
+        self._to_fetch = deque(zip(begins, np.split(order, windows[1:]), strict=True) if len(windows) else [])
         super().__init__(loader, order)
 
+    def _fetch(self, positions: NDArray[np.uint64]) -> None:
+        """Asks the system to read these images, in the order of the disk, while others are decoded."""
+        stored, content = self.loader.memory_manager.stored, self.memory_context.mmap.base
+        ordered = np.sort(positions)
+        starts = stored.pointers[ordered].astype(np.int64) // mmap.PAGESIZE * mmap.PAGESIZE
+        ends = (stored.pointers[ordered] + stored.image_sizes[ordered]).astype(np.int64)
+        is_first = np.concatenate([[True], starts[1:] > ends[:-1]])  # neighbours are asked for together
+        is_last = np.concatenate([is_first[1:], [True]])
+        for start, end in zip(starts[is_first].tolist(), ends[is_last].tolist(), strict=True):
+            content.madvise(mmap.MADV_WILLNEED, start, end - start)
+
     def run_pipeline(self, number: int, positions: NDArray[np.uint64], *others: Any) -> tuple[Any, ...]:
+        while self._to_fetch and self._to_fetch[0][0] <= number:
+            self._fetch(self._to_fetch.popleft()[1])
         if self._buffers is None:
             return super().run_pipeline(number, positions, *others)
         images = self._buffers.take((len(positions), self._size, self._size, 3))
@@ -320,11 +341,21 @@ class BatchReader:
         finally:
             torch.set_num_threads(torch_threads)  # FFCV's constructor overwrites it
 
+    @property
+    def pages(self) -> NDArray[np.int64]:
+        """The page of the file that each image lies on, int64 (N,), rising."""
+        return (self._loader.memory_manager.stored.pointers // self.page_size).astype(np.int64)
+
+    @property
+    def page_size(self) -> int:
+        return int(self._loader.reader.page_size)
+
     def read(
-        self, order: NDArray[np.int64], *, size: int = 0, verify: bool = True, **settings: Any
+        self, order: NDArray[np.int64], *, windows: NDArray[np.int64] | None = None, size: int = 0, verify: bool = True, **settings: Any
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         """Yield (images, targets, indices) for consecutive runs of `batch_size` positions of `order`.
 
+        windows: where in `order` those parts begin that are fetched before they are read; None: the system's cache is relied upon.
         size: side of the square that colour images are resized to. settings: others of `native.SETTINGS` that do not follow from the
         file. Colour images may be kept; the other arrays are views of a ring of buffers and hold until the next ones are asked for. Whatever ends the iteration, the reading thread is gone afterwards. DataError, naming the
         sample, where one cannot be decoded.
@@ -334,7 +365,7 @@ class BatchReader:
         manager.settings = native.settings(**stored, size=size, **settings).view(np.uint8)
         torch_threads = torch.get_num_threads()
         try:
-            epoch = _Epoch(self._loader, order.astype(np.uint64), buffers=self._buffers, size=size)  # the type that FFCV compiles for
+            epoch = _Epoch(self._loader, order.astype(np.uint64), buffers=self._buffers, size=size, windows=np.zeros(0, np.int64) if windows is None else windows)  # the type that FFCV compiles for
         finally:
             torch.set_num_threads(torch_threads)
         try:

@@ -23,8 +23,8 @@ import numpy as np
 
 from dist_gsl.data.checking import check, read_layout
 from dist_gsl.data.info import DESCRIPTION, FORMAT_VERSION, DataError, DatasetInfo, SplitInfo, dataset_info
-from dist_gsl.data.sources import ImageKind, Source, open_source
-from dist_gsl.data.writer import LARGEST_SIDE, SMALLEST_SIDE, Encoding, Layout, parts, write_split
+from dist_gsl.data.sources import ImageKind, Source, in_grey, open_source
+from dist_gsl.data.writer import LARGEST_GREY, LARGEST_SIDE, SMALLEST_SIDE, Encoding, Layout, parts, write_split
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, samples done, samples in total)."""
@@ -40,6 +40,7 @@ def write(
     jpeg_quality: int = 90,
     jpeg_share: float = 0.5,
     as_is: bool = False,
+    grey: int | None = None,
     on_bad: Literal["end", "skip"] = "end",
     num_workers: int = 1,
     progress: Progress | None = None,
@@ -60,6 +61,8 @@ def write(
         jpeg_quality: quality of the images stored as JPEG, 1 to 100.
         jpeg_share: share of the colour images stored as JPEG, 0 to 1; the others are stored raw: larger, read faster.
         as_is: JPEG files that need no change are stored byte for byte.
+        grey: colour images are stored as squares in grey with this side in pixels, one channel without loss; the settings above are then
+            for nothing. None: in colour.
         on_bad: an image that cannot be used ends the call, or is left out and listed in ``dataset.json``.
         num_workers: processes that write. The bytes of a file do not depend on it.
         progress: called now and then with (what is being done, samples done, samples in total).
@@ -78,11 +81,15 @@ def write(
         raise ValueError(f"jpeg_share must be from 0 to 1, not {jpeg_share}")
     if max_side is not None and not SMALLEST_SIDE <= max_side <= LARGEST_SIDE:
         raise ValueError(f"max_side must be from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels, not {max_side}")
+    if grey is not None and not SMALLEST_SIDE <= grey <= LARGEST_GREY:
+        raise ValueError(f"grey must be from {SMALLEST_SIDE} to {LARGEST_GREY} pixels, not {grey}")
     if on_bad not in ("end", "skip"):
         raise ValueError(f"on_bad must be 'end' or 'skip', not {on_bad!r}")
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, not {num_workers}")
     opened = open_source(source, seed=seed, counts=counts)
+    if grey is not None:
+        opened = in_grey(opened, grey)
     settings: dict[str, Any] = {
         "source": source,
         "seed": seed,
@@ -91,6 +98,8 @@ def write(
     }
     if opened.kind is ImageKind.COLOUR:
         settings |= {"max_side": max_side, "jpeg_quality": jpeg_quality, "jpeg_share": jpeg_share, "as_is": as_is, "on_bad": on_bad}
+    elif grey is not None:
+        settings |= {"grey": grey, "on_bad": on_bad}
 
     directory = Path(out_dir)
     paths = {name: directory / f"{name}.beton" for name in opened.splits}

@@ -8,10 +8,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from dist_gsl.data.info import DESCRIPTION, SMALLEST_PAGE, BetonInfo, DataError, SplitInfo, dataset_info
+from dist_gsl.data.info import DESCRIPTION, JPEG, SMALLEST_PAGE, BetonInfo, DataError, SplitInfo, dataset_info
 
 _HASH_BYTES: Final = 1 << 22
-_JPEG: Final = 0  # as FFCV numbers it
 
 
 def check(path: str | Path, *, full: bool = False) -> BetonInfo:
@@ -70,7 +69,7 @@ def decode_all(path: Path, *, progress: Callable[[int, int], None] = lambda done
     content = np.memmap(path, np.uint8, mode="r")
     for sample, size in enumerate(stored.image_sizes):
         row = stored.rows["f0"][sample]
-        if stored.is_colour and row["mode"] == _JPEG:
+        if stored.is_colour and row["mode"] == JPEG:
             start = int(row["data_ptr"])
             try:
                 native.decode_jpeg(content[start : start + int(size)].tobytes())

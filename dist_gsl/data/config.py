@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Final
 
 from dist_gsl.storage import is_uri
+
+SIZE_STEP: Final = 32
+"""Pixels: as most networks halve an image five times, others would be cut off at the border."""
 
 
 class Augment(Enum):
@@ -42,10 +46,33 @@ class DataConfig:
     """Number of test samples. None: as many as the source has by default."""
     size: int | None = None
     """Side in pixels of the images that the network sees. None: that of grey images, 224 for colour."""
+    start_size: int | None = None
+    """Progressive resizing: side of colour training images in the first epoch, growing evenly by multiples of 32 pixels. None: `size` in all."""
+    full_size_epoch: int = 0
+    """With `start_size`: the first epoch, counted from 0, whose training images are of full size."""
+    memory_gb: float | None = None
+    """Memory of each node for the training file. A larger file is read in quasi-random order, whole pages at random and samples at random among those that fit. None: half of what the node has as the run begins."""
     augment: Augment = Augment.NONE
     """What is done at random to training images."""
     num_threads: int = 1
     """Threads that decode images, for each process."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("start_size", self.start_size is None or self.start_size >= 8, "at least 8 pixels"),
+            ("full_size_epoch", (self.full_size_epoch > 0) == (self.start_size is not None), "at least 1 with data.start_size, and 0 without"),
+            ("memory_gb", self.memory_gb is None or self.memory_gb > 0, "above 0, or left out"),
+        ]
+        for name, is_good, wanted in checks:
+            if not is_good:
+                raise ValueError(f"data.{name} is {getattr(self, name)!r}, must be {wanted}")
+
+    def train_size(self, epoch: int, *, full: int) -> int:
+        """Side in pixels of the training images of an epoch, `full` from `full_size_epoch` on."""
+        if self.start_size is None or epoch >= self.full_size_epoch:
+            return full
+        grown = self.start_size + (full - self.start_size) * epoch // self.full_size_epoch
+        return max(self.start_size, grown // SIZE_STEP * SIZE_STEP)
 
     def counts(self) -> dict[str, int]:
         """The number of samples of those splits for which one was given."""

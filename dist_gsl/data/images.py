@@ -17,11 +17,13 @@ class BadImageError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """An image's pixels, and whether its file is a JPEG that can be stored as it is."""
+    """An image's pixels, whether its file is a JPEG that can be stored as it is, and whether it is in grey."""
 
     pixels: NDArray[np.uint8]
     """RGB, (H, W, 3), upright."""
     is_plain_jpeg: bool
+    is_grey: bool
+    """Are the three channels the same?"""
 
 
 def decode(content: bytes) -> Decoded:
@@ -41,14 +43,23 @@ def decode(content: bytes) -> Decoded:
             is_upright = image.getexif().get(_ORIENTATION, 1) == 1
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
                 pixels = native.decode_jpeg(content)
-                return Decoded(pixels if is_upright else _turned(pixels, image), is_upright)
+                return Decoded(pixels if is_upright else _turned(pixels, image), is_upright, image.mode == "L")
             upright = image if is_upright else ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return Decoded(np.repeat(grey[:, :, None], 3, axis=2), False)
-            return Decoded(np.array(upright.convert("RGB")), False)
+                return Decoded(np.repeat(grey[:, :, None], 3, axis=2), False, True)
+            return Decoded(np.array(upright.convert("RGB")), False, upright.mode in ("1", "L", "LA"))
     except Exception as error:  # decoders raise nearly anything on broken bytes
         raise BadImageError(f"cannot be decoded ({_one_line(error)})") from error
+
+
+def as_jpeg(pixels: NDArray[np.uint8], *, quality: int, is_grey: bool) -> bytes:
+    """RGB pixels, (H, W, 3), as a JPEG, in grey where they are: smaller, and the decoder gives three channels again."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if is_grey else pixels).save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def _turned(pixels: NDArray[np.uint8], image: object) -> NDArray[np.uint8]:

@@ -11,6 +11,9 @@ DESCRIPTION: Final = "dataset.json"
 FORMAT_VERSION: Final = 2
 SMALLEST_PAGE: Final = 1 << 21
 """Bytes of the smallest page that FFCV knows."""
+JPEG: Final = 0
+RAW: Final = 1
+"""How FFCV numbers the two ways in which an image in colour is stored."""
 
 
 class DataError(ValueError):

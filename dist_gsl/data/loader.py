@@ -3,7 +3,7 @@
 B is the number of samples that this process reads in a step, K the length of a regression target.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -58,6 +58,9 @@ class Loader:
         num_threads: threads that decode.
         device: where the batches go.
         channels_last: memory format of the images.
+        memory: bytes of memory for the file. A larger file is read in quasi-random order in training: pages at random, samples at
+            random among as many pages as half of it holds, the next ones fetched meanwhile. None: it fits.
+        sizes: side of colour images in each epoch of training, instead of `size`.
         verify: check each sample against its checksum as it is read; what that costs is in ``benchmarks/README.md``.
 
     Colour images in evaluation are the central square of 224 / 256 of the shorter side, resized.
@@ -81,6 +84,8 @@ class Loader:
         num_threads: int = 1,
         device: str | torch.device = "cpu",
         channels_last: bool = False,
+        memory: int | None = None,
+        sizes: Callable[[int], int] | None = None,
         verify: bool = True,
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
@@ -114,7 +119,9 @@ class Loader:
         # What the levels from 0 to 255 become, by channel: the same operations as on a device, once for each level.
         self._table = ((np.arange(256, dtype=np.float32) - statistics[0].reshape(-1, 1)) / statistics[1].reshape(-1, 1)).astype(np.float32)
         self._epoch, self._start_step = 0, 0
-
+        self._sizes = sizes if train else None
+        if self._sizes is not None and not self._is_colour:
+            raise ValueError(f"the grey images of {self.path} are read as they are stored: leave data.start_size out")
         from dist_gsl.data._ffcv import BatchReader
 
         self._num_threads, self._verify = num_threads, verify
@@ -125,6 +132,10 @@ class Loader:
             target_is_array=self.info.num_targets > 0,
             has_checksum="checksum" in self._beton.fields,
         )
+        self.pages_at_once: int | None = None
+        """Pages among whose samples a training epoch chooses at random; None: all."""
+        if memory is not None and self._beton.num_bytes > memory:
+            self.pages_at_once = max(1, memory // 2 // self._reader.page_size)
 
     @property
     def num_samples(self) -> int:
@@ -170,21 +181,28 @@ class Loader:
     def _arrays(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.int64]]]:
         """Augmented images, uint8 (B, H, W, C), targets and indices; they hold until the next ones are asked for, colour images longer."""
         epoch = self._epoch
-        positions = order.epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.train)
-        batches = order.rank_batches(
-            positions,
+        window_of, windows = None, None
+        if self.train and self.pages_at_once:
+            positions, window_of = order.windowed_order(self._reader.pages, seed=self.seed, epoch=epoch, pages_at_once=self.pages_at_once)
+        else:
+            positions = order.epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.train)
+        places = order.rank_batches(
+            np.arange(self.num_samples),
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
             drop_last=self.train,
             start_step=self._start_step,
         )
-        wanted = np.concatenate([np.empty(0, np.int64), *batches])
-        regions = {
-            "size": self.size, "crop": _CROPS[self.augment], "seed": self.seed, "epoch": epoch, "num_threads": self._num_threads, "share": 224 / 256,
+        mine = np.concatenate([np.empty(0, np.int64), *places])
+        if window_of is not None:
+            windows = np.flatnonzero(np.diff(window_of[mine], prepend=-1))
+        size = self.size if self._sizes is None else self._sizes(epoch)
+        regions: dict[str, Any] = {
+            "size": size, "crop": _CROPS[self.augment], "seed": self.seed, "epoch": epoch, "num_threads": self._num_threads, "share": 224 / 256,
             "min_area": MIN_AREA, "max_area": 1.0, "min_ratio": 3 / 4, "max_ratio": 4 / 3,
         } if self._is_colour else {}  # fmt: skip
-        for images, targets, indices in self._reader.read(wanted, verify=self._verify, **regions):
+        for images, targets, indices in self._reader.read(positions[mine], windows=windows, verify=self._verify, **regions):
             if self.augment is Augment.SHIFT:
                 images = augmentation.shift(images, indices[:, 0], seed=self.seed, epoch=epoch)
             if not self._is_colour:

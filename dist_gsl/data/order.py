@@ -14,6 +14,20 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> ND
     return np.random.default_rng([seed, epoch]).permutation(num_samples).astype(np.int64)
 
 
+def windowed_order(pages: NDArray[np.int64], *, seed: int, epoch: int, pages_at_once: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A quasi-random order for a file that does not fit into memory: pages at random, samples at random among `pages_at_once` of them.
+
+    pages: the page of each sample, int64 (N,). Returns the order, int64 (N,), alike in every process, and the number of the window
+    that each of its places belongs to, int64 (N,), rising from 0.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    known, page = np.unique(pages, return_inverse=True)
+    window = rng.permutation(len(known))[page] // pages_at_once
+    order = rng.permutation(len(pages))
+    order = order[np.argsort(window[order], kind="stable")]
+    return order.astype(np.int64), window[order].astype(np.int64)
+
+
 def num_steps(num_samples: int, *, batch_size: int, drop_last: bool) -> int:
     """Global batches of an epoch: N // B, or with the partial one at the end."""
     return num_samples // batch_size if drop_last else -(-num_samples // batch_size)

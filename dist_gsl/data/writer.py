@@ -29,17 +29,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_gsl.data import images, native
-from dist_gsl.data.info import SMALLEST_PAGE, DataError, Skipped
+from dist_gsl.data.info import JPEG, RAW, SMALLEST_PAGE, DataError, Skipped
 from dist_gsl.data.sources import Samples
 
-JPEG: Final = 0
-RAW: Final = 1
-"""How FFCV numbers the two."""
 LARGEST_PAGE: Final = 1 << 31
 SMALLEST_SIDE: Final = 8
 """Pixels; a region needs some to be chosen from."""
 LARGEST_SIDE: Final = 65_535
 """FFCV stores sides as 16-bit numbers."""
+LARGEST_GREY: Final = 4096
+"""Pixels of a side of images in grey, all of which are as large."""
 _ROWS_AT_ONCE: Final = 1 << 16
 
 
@@ -133,8 +132,8 @@ def encode_block(samples: Samples, start: int, stop: int, *, layout: Layout, ski
     """The samples from `start` to `stop`. `ValueError`, with its name, for an image that cannot be used, unless it is skipped."""
     block = Block(stop - start, [], [], [], [], [], [0] * layout.channels, [0] * layout.channels, 0, [])
     for position in range(start, stop):
-        content, target = samples.read(position)
         try:
+            content, target = samples.read(position)
             mode, pixels, stored = _encoded(content, position, layout)
         except images.BadImageError as error:
             name = samples.describe(position)
@@ -151,21 +150,18 @@ def encode_block(samples: Samples, start: int, stop: int, *, layout: Layout, ski
         block.checksums.append(checksum)
         block.targets.append(target)
         # Sums of bytes are exact in integers, so they do not depend on the order of summation.
-        for channel, counts in enumerate(native.histogram(pixels)):
-            block.sums[channel] += int(counts @ _LEVELS)
-            block.squares[channel] += int(counts @ _LEVELS**2)
+        for channel, (total, squares) in enumerate(zip(*native.moments(pixels), strict=True)):
+            block.sums[channel] += total
+            block.squares[channel] += squares
         block.num_pixels += pixels.shape[0] * pixels.shape[1]
     return block
 
 
-_LEVELS = np.arange(256, dtype=np.uint64)
-
-
 def _encoded(content: NDArray[np.uint8] | bytes, position: int, layout: Layout) -> tuple[int, NDArray[np.uint8], bytes]:
     """(mode, the pixels that are stored before they are compressed, the bytes)."""
-    is_plain = False
+    is_plain = is_grey = False
     if isinstance(content, bytes):
-        pixels, is_plain = images.decode(content)
+        pixels, is_plain, is_grey = images.decode(content)
     else:
         pixels = content
     height, width = pixels.shape[:2]
@@ -173,8 +169,6 @@ def _encoded(content: NDArray[np.uint8] | bytes, position: int, layout: Layout) 
         if (height, width) != layout.shape:
             raise images.BadImageError(f"of {width} x {height} pixels is not as large as the first one of its split")
         return RAW, pixels, pixels.tobytes()
-    import cv2
-
     encoding = layout.encoding
     scale = 1.0 if encoding.max_side is None else min(1.0, encoding.max_side / max(height, width))
     if min(height, width) * scale < SMALLEST_SIDE:
@@ -186,7 +180,7 @@ def _encoded(content: NDArray[np.uint8] | bytes, position: int, layout: Layout) 
         raise images.BadImageError(f"of {width} x {height} pixels is too large: choose a max_side of at most {LARGEST_SIDE}")
     if scale < 1.0:
         size = (max(SMALLEST_SIDE, int(width * scale)), max(SMALLEST_SIDE, int(height * scale)))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+        pixels = native.resize(pixels, width=size[0], height=size[1])
     # A draw by sample gives the same file however many processes write it.
     draw = np.random.default_rng([encoding.seed, position]).random()
     if draw >= encoding.jpeg_share:
@@ -194,9 +188,7 @@ def _encoded(content: NDArray[np.uint8] | bytes, position: int, layout: Layout) 
     elif encoding.as_is and is_plain and scale == 1.0 and isinstance(content, bytes):
         mode, stored = JPEG, content
     else:
-        done, jpeg = cv2.imencode(".jpg", pixels[:, :, ::-1], [int(cv2.IMWRITE_JPEG_QUALITY), encoding.jpeg_quality])
-        assert done
-        mode, stored = JPEG, jpeg.tobytes()
+        mode, stored = JPEG, images.as_jpeg(pixels, quality=encoding.jpeg_quality, is_grey=is_grey)
     if len(stored) > layout.page_size - 4 * layout.num_targets:
         raise images.BadImageError(f"takes {len(stored)} bytes, more than the {layout.page_size} of a page: choose a smaller max_side")
     return mode, pixels, stored
@@ -211,10 +203,7 @@ _task: tuple[Samples, Layout, bool] | None = None
 
 
 def _begin(samples: Samples, layout: Layout, skip_bad: bool) -> None:
-    import cv2
-
     global _task
-    cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork, and work given to them would wait for ever
     _task = samples, layout, skip_bad
 
 
@@ -388,13 +377,15 @@ class _File:
             data.write(_ffcv.header(len(self._fields), self._layout.page_size, tally.num_samples, tally.end))
             data.flush()
             os.fsync(data.fileno())
-        try:
-            verify(self.part)
-        except DataError as error:
-            for file in parts(self.path):
-                file.unlink(missing_ok=True)
-            raise DataError(f"{self.path} did not come to the disk as it was written ({error}): is the disk well? write it again") from None
-        digest = sha256_of(self.part)
+        with ThreadPoolExecutor(1) as other:
+            hashing = other.submit(sha256_of, self.part)
+            try:
+                verify(self.part)
+            except DataError as error:
+                for file in parts(self.path):
+                    file.unlink(missing_ok=True)
+                raise DataError(f"{self.path} did not come to the disk as it was written ({error}): is the disk well? write it again") from None
+            digest = hashing.result()
         with self.journal_part.open("ab") as journal:
             journal.write(json.dumps({"sha256": digest}).encode() + b"\n")
         self.is_whole = True

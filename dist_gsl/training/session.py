@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +70,46 @@ def make_loader(
     batch_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    memory: int | None = None,
 ) -> data.Loader:
+    full = config.data.size or DEFAULT_SIZE
     return data.Loader(
         directory / f"{split}.beton", batch_size=batch_size or config.train.batch_size, train=train, rank=rank,
         world_size=world_size, seed=config.train.seed, size=config.data.size, augment=config.data.augment,
-        num_threads=config.data.num_threads, device=device, channels_last=config.train.channels_last,
+        num_threads=config.data.num_threads, device=device, channels_last=config.train.channels_last, memory=memory,
+        sizes=partial(config.data.train_size, full=full) if train and config.data.start_size is not None else None,
     )  # fmt: skip
+
+
+def data_memory(config: RunConfig, file: Path, state: Mapping[str, Any] | None) -> int | None:
+    """Bytes of a node's memory for the training file, alike in every process; None where the file fits or nothing was set.
+
+    A run keeps what was found when it began: the order of its samples follows from it.
+    """
+    if config.data.memory_gb is not None:
+        return int(config.data.memory_gb * 1e9)
+    if state is not None:
+        return state.get("data_memory")
+    found: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(found, memory_of_node() // 2)
+    num_bytes = file.stat().st_size
+    if num_bytes <= min(found):
+        return None
+    warnings.warn(
+        f"{file} has {num_bytes / 1e9:.1f} GB, more than half of a node's memory: it is read in quasi-random order, "
+        f"{min(found) / 1e9:.1f} GB at a time; data.memory_gb sets another amount",
+        stacklevel=2,
+    )
+    return min(found)
+
+
+def memory_of_node() -> int:
+    """Bytes that the processes of this node, or of this container, may use."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+            found.append(int(Path(limit).read_text()))
+    return min(found)
 
 
 def run(
@@ -86,7 +124,10 @@ def run(
     """Trains this process's share of a run to its end, from `state` (a checkpoint) or from the start."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shapes = shapes_of(config, data.dataset_info(data_dir))
-    training_data = make_loader(config, "train", data_dir, device=device, train=True, rank=rank, world_size=world_size)
+    memory = data_memory(config, data_dir / "train.beton", state)
+    training_data = make_loader(
+        config, "train", data_dir, device=device, train=True, rank=rank, world_size=world_size, memory=memory
+    )
     validation_data = make_loader(
         config,
         "val",
@@ -100,6 +141,7 @@ def run(
         network_arguments(config, shapes), image_shape=shapes.image, train=config.train, penalty=config.penalty,
         steps_per_epoch=len(training_data), device=device, state=state,
     )  # fmt: skip
+    run_state.data_memory = memory
     loop.train(
         run_state, config=config.train, penalty=config.penalty, training_data=training_data,
         validation_data=validation_data, on_epoch=on_epoch, on_progress=on_progress,
@@ -117,6 +159,16 @@ def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
     """The starting network's neurons, and every `ValueError` that building the run would raise, without data."""
     network = {**network_arguments(config, shapes), "pretrained": False}
     model, neurons = build_network(network, image_shape=shapes.image)
+    start = config.data.start_size
+    if start is not None:
+        if not start <= shapes.size:
+            raise ValueError(f"data.start_size is {start}, must be at most the full size {shapes.size}")
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, shapes.channels, start, start))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"data.start_size: {config.network.name} takes no images of {start} pixels ({reason}); leave it out") from error
     if config.train.init is not None:
         initialise(model, config.train.init)
     starting_betas(

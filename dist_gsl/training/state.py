@@ -52,6 +52,8 @@ class RunState:
     position: Position
     history: list[dict[str, Any]]
     """One record an epoch."""
+    data_memory: int | None = None
+    """Bytes of a node's memory for the training file, by which its order is chosen; None: it fits."""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -73,6 +75,7 @@ class RunState:
             "betas": dict(self.betas),
             "position": {"epoch": self.position.epoch, "step": self.position.step},
             "history": list(self.history),
+            "data_memory": self.data_memory,
         }
 
 

@@ -186,7 +186,7 @@ def applied(base: RunConfig, params: Mapping[str, Value]) -> RunConfig:
 
 FIXED = ("network.", "data.", "workers.")
 """What trials are compared on, and how many run at once."""
-FREE = ("data.augment", "data.size", "data.num_threads")
+FREE = ("data.augment", "data.size", "data.start_size", "data.full_size_epoch", "data.num_threads")
 
 
 def check(space: Space, base: RunConfig, *, layers: Sequence[str] | None = None, num_draws: int = 200) -> None:

@@ -153,3 +153,46 @@ def make_webdataset(root: Path, *, train: int = 20, val: int = 6, per_shard: int
                     else:
                         add(archive, f"{number:05d}.json", json.dumps({"label": number % 3}).encode())
     return root
+
+
+CHARACTERS = ("0", "7", "a", "z")
+
+
+def character(number: int) -> NDArray[np.uint8]:
+    """Not as high as wide, so that a transposed one is found."""
+    return np.random.default_rng(number).integers(0, 256, (24, 22), dtype=np.uint8)
+
+
+def make_icdar(root: Path, *, train: int = 10, test: int = 3, hdf5: bool = False) -> Path:
+    """The two files of the released characters, in either of MATLAB's containers."""
+    import h5py
+    from scipy.io import savemat
+
+    root.mkdir(parents=True)
+    for start, name, count in ((0, "case-insensitive-train.mat", train), (1000, "icdar2003-chars-test.mat", test)):
+        labels = np.empty((1, len(CHARACTERS)), object)
+        images = np.empty((1, len(CHARACTERS)), object)
+        for label, letter in enumerate(CHARACTERS):
+            labels[0, label] = letter
+            cell = np.empty((1, count), object)
+            for each in range(count):
+                cell[0, each] = character(start + 100 * label + each)
+            images[0, label] = cell
+        if not hdf5:
+            savemat(root / name, {"gt": {"labels": labels, "images": images}})
+            continue
+        with h5py.File(root / name, "w", userblock_size=512) as file:
+            kind = h5py.ref_dtype
+            references = file.create_group("#refs#")
+            group = file.create_group("gt")
+            to_labels = group.create_dataset("labels", (len(CHARACTERS), 1), kind)
+            to_images = group.create_dataset("images", (len(CHARACTERS), 1), kind)
+            for label, letter in enumerate(CHARACTERS):
+                to_labels[label, 0] = references.create_dataset(f"l{label}", data=np.array([[ord(letter)]], np.uint16)).ref
+                cell = references.create_dataset(f"c{label}", (count, 1), kind)
+                for each in range(count):
+                    cell[each, 0] = references.create_dataset(f"i{label}-{each}", data=images[0, label][0, each].T).ref
+                to_images[label, 0] = cell.ref
+        with (root / name).open("r+b") as raw:
+            raw.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + bytes((0, 2)) + b"IM")
+    return root

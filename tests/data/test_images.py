@@ -37,7 +37,7 @@ def test_lossless_files(kind: str) -> None:
 
 def test_a_jpeg_is_what_pillow_reads() -> None:
     content = file(photograph, quality=85)
-    pixels, is_plain = images.decode(content)
+    pixels, is_plain, _ = images.decode(content)
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(content))))
     assert is_plain
 
@@ -46,7 +46,7 @@ def test_a_jpeg_is_what_pillow_reads() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_photographs_stand_upright(orientation: int, kind: str) -> None:
     content = file(photograph, kind, exif=exif(orientation))
-    pixels, is_plain = images.decode(content)
+    pixels, is_plain, _ = images.decode(content)
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     np.testing.assert_array_equal(pixels, np.asarray(wanted))
     assert is_plain == (kind == "JPEG" and orientation == 1)

@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torchvision import datasets
 
 from dist_gsl import data, storage
-from dist_gsl.data.sources import Source, open_source
+from dist_gsl.data.sources import ImageKind, Source, open_source
 from tests.data import layouts
 from tests.object_store import KEYS, s3
 
@@ -68,6 +69,8 @@ def test_parquet(tmp_path: Path, rows: int) -> None:
     check_same(source, "train", wanted)
     order = np.random.default_rng(0).permutation(50)
     assert [samples.read(int(i)) for i in order] == [(layouts.jpeg(int(i)), 2 * int(i) % 3) for i in order]
+    with ThreadPoolExecutor(4) as pool:  # as they are read from storage that is no path
+        assert list(pool.map(samples.read, [*range(50)] * 4)) == [samples.read(i) for i in range(50)] * 4
     assert samples.describe(43) == f"row 3 of {root}/data/train-00002-of-00009.parquet"
     few = open_source(f"parquet:{root}", counts={"train": 11}, seed=1).splits["train"]
     assert len({few.read(i)[0] for i in range(11)}) == 11
@@ -98,6 +101,44 @@ def test_webdataset(tmp_path: Path) -> None:
         open_source(f"webdataset:{root}")
 
 
+@pytest.mark.parametrize("hdf5", [False, True])
+def test_icdar(tmp_path: Path, hdf5: bool) -> None:
+    root = layouts.make_icdar(tmp_path / "icdar" / "data", hdf5=hdf5).parent
+    source = open_source(f"icdar:{root}", counts={"val": 8})
+    assert source.classes == layouts.CHARACTERS
+    assert source.kind is ImageKind.GREY
+    found: dict[str, list[tuple[bytes, int]]] = {}
+    for split, samples in source.splits.items():
+        read = [samples[i] for i in range(len(samples))]
+        assert all(sample.image.shape == (32, 32) for sample in read)
+        found[split] = sorted((sample.image.tobytes(), int(sample.target)) for sample in read)
+    assert {split: len(each) for split, each in found.items()} == {"train": 32, "val": 8, "test": 12}
+    assert np.bincount([label for _, label in found["val"]]).tolist() == [2, 2, 2, 2]
+
+    def enlarged(number: int, label: int) -> tuple[bytes, int]:
+        return np.asarray(Image.fromarray(layouts.character(number)).resize((32, 32), Image.Resampling.BILINEAR)).tobytes(), label
+
+    assert sorted(found["train"] + found["val"]) == sorted(enlarged(100 * label + each, label) for label in range(4) for each in range(10))
+    assert found["test"] == sorted(enlarged(1000 + 100 * label + each, label) for label in range(4) for each in range(3))
+    assert len(open_source(f"icdar:{root}").splits["val"]) == 2  # a twentieth
+    assert len(open_source(f"icdar:{root}", counts={"train": 5, "test": 4}).splits["train"]) == 5
+
+
+def test_icdar_is_refused_with_the_reason(tmp_path: Path) -> None:
+    root = layouts.make_icdar(tmp_path / "icdar")
+    for wanted in ({"val": 40}, {"train": 39}, {"test": 13}):
+        with pytest.raises(ValueError, match="wanted"):
+            open_source(f"icdar:{root}", counts=wanted)
+    file = root / "case-insensitive-train.mat"
+    for content in (b"", b"nothing", file.read_bytes()[:2000], b"MATLAB 7.3 MAT-file".ljust(512) + b"\x89HDF\r\n\x1a\nnothing"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train\.mat is not a file of the released characters .* download it again"):
+            open_source(f"icdar:{root}")
+    file.rename(root / "else.mat")
+    with pytest.raises(ValueError, match="neither is there"):
+        open_source(f"icdar:{root}")
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "imagenet": layouts.make_imagenet, "places2": layouts.make_places, "parquet": layouts.make_parquet,
     "webdataset": layouts.make_webdataset, "imagefolder": layouts.make_imagenet_folders,
@@ -125,11 +166,11 @@ def test_betons_hold_the_source(name: str, tmp_path: Path) -> None:
             assert np.abs((image * std + mean) * 255 - np.asarray(square).transpose(2, 0, 1)).max() < 1.01
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, "icdar"])
 def test_sources_on_an_object_store(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in KEYS.items():
         monkeypatch.setenv(key, value)
-    root = MAKERS[name](tmp_path / "root")
+    root = {**MAKERS, "icdar": layouts.make_icdar}[name](tmp_path / "root")
     with s3() as bucket:
         there = storage.join(bucket, "source")
         for file in root.rglob("*"):
@@ -150,7 +191,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    for name in ("imagenet", "places2", "parquet", "webdataset", "imagefolder"):
+    for name in ("imagenet", "places2", "icdar", "parquet", "webdataset", "imagefolder"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert str(tmp_path / "empty") in message(f"{name}:{tmp_path}/empty")
     root = layouts.make_imagenet(tmp_path / "imagenet")

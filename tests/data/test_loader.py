@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,126 @@ def test_images_may_be_kept_and_memory_is_used_again(colour_dir: Path) -> None:
         loader.set_epoch(epoch)
         places |= {batch.images.data_ptr() for batch in loader.levels()}
     assert len(places) <= 6
+
+
+@pytest.fixture(scope="module")
+def paged_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw images on four pages of 2 MB."""
+    root = tmp_path_factory.mktemp("paged")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 150), ("val", 6)):
+        for number in range(count):
+            folder = root / "tree" / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (130, 130, 3), dtype=np.uint8)).save(folder / f"{number:03d}.png")
+    data.write(f"imagefolder:{root / 'tree'}", root / "out", jpeg_share=0.0)
+    return root / "out"
+
+
+def quasi_random(directory: Path, *, memory: int | None = 10**6, rank: int = 0, world_size: int = 1, batch_size: int = 10) -> Loader:
+    return Loader(
+        directory / "train.beton", batch_size=batch_size, train=True, rank=rank, world_size=world_size, size=16,
+        augment=Augment.RANDOM_RESIZED, memory=memory,
+    )  # fmt: skip
+
+
+def test_quasi_random_epochs(paged_dir: Path) -> None:
+    loader = quasi_random(paged_dir)
+    assert loader.pages_at_once == 1
+    assert quasi_random(paged_dir, memory=20 * 2**20).pages_at_once is None  # it fits
+    pages = loader._reader.pages
+    assert len(set(pages.tolist())) == 4
+
+    def hashes(batches: list[data.Batch]) -> set[int]:
+        return {hash(image.numpy().tobytes()) for batch in batches for image in batch.images}
+
+    alone = list(loader)
+    order = np.concatenate([batch.indices.numpy() for batch in alone])
+    np.testing.assert_array_equal(np.sort(order), np.arange(150))
+    assert np.count_nonzero(np.diff(pages[order])) == 3  # a page at a time
+    assert np.count_nonzero(np.diff(order) == 1) < 10  # but no sample after its neighbour
+    assert hashes(alone) == hashes(list(quasi_random(paged_dir, memory=None)))
+    ranks = [list(quasi_random(paged_dir, rank=rank, world_size=3)) for rank in range(3)]
+    for step, batch in enumerate(alone):
+        assert torch.equal(torch.cat([batches[step].images for batches in ranks]), batch.images)
+    loader.set_epoch(0, 7)
+    for batch, whole in zip(loader, alone[7:], strict=True):
+        assert torch.equal(batch.images, whole.images)
+    loader.set_epoch(1)
+    assert not np.array_equal(np.concatenate([batch.indices.numpy() for batch in loader]), order)
+
+
+@pytest.mark.parametrize(("rank", "world_size", "start"), [(0, 1, 0), (1, 2, 0), (0, 1, 9)])
+def test_windows_are_fetched_before_they_are_read(
+    paged_dir: Path, monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, start: int
+) -> None:
+    from dist_gsl.data import _ffcv
+
+    happened: list[tuple[str, list[int]]] = []
+    fetch, run = _ffcv._Epoch._fetch, _ffcv.EpochIterator.run_pipeline
+
+    def fetching(self: Any, positions: Any) -> None:
+        happened.append(("fetched", positions.tolist()))
+        fetch(self, positions)
+
+    def reading(self: Any, number: int, positions: Any, *others: Any) -> Any:
+        happened.append(("read", positions.tolist()))
+        return run(self, number, positions, *others)
+
+    monkeypatch.setattr(_ffcv._Epoch, "_fetch", fetching)
+    monkeypatch.setattr(_ffcv.EpochIterator, "run_pipeline", reading)
+    loader = quasi_random(paged_dir, rank=rank, world_size=world_size)
+    loader.set_epoch(0, start)
+    read = [int(index) for batch in loader for index in batch.indices]
+    fetched = [positions for what, positions in happened if what == "fetched"]
+    assert [position for each in fetched for position in each] == read  # each once, and only what this process reads
+    assert len(fetched) == (4 if start == 0 else 2)
+    assert [what for what, _ in happened[:3]] == ["fetched", "fetched", "read"]
+    at_hand: set[int] = set()
+    for what, positions in happened:
+        if what == "fetched":
+            at_hand |= set(positions)
+        assert set(positions) <= at_hand
+
+
+@pytest.mark.parametrize("memory", [None, 10**6])
+def test_the_number_of_processes_may_change_between_epochs(paged_dir: Path, memory: int | None) -> None:
+    """Four processes, then two, from the middle of an epoch on one: every sample once an epoch."""
+    for epoch, world_size in enumerate((4, 2)):
+        seen = []
+        for rank in range(world_size):
+            loader = quasi_random(paged_dir, rank=rank, world_size=world_size, memory=memory)
+            loader.set_epoch(epoch)
+            seen += [int(index) for batch in loader for index in batch.indices]
+        assert sorted(seen) == list(range(150))
+    seen = []
+    for world_size, steps in ((4, range(6)), (1, range(6, 15))):
+        for rank in range(world_size):
+            loader = quasi_random(paged_dir, rank=rank, world_size=world_size, memory=memory)
+            loader.set_epoch(2, steps.start)
+            for _, batch in zip(steps, loader, strict=False):
+                seen += [int(index) for index in batch.indices]
+    assert sorted(seen) == list(range(150))
+
+
+def test_images_grow_with_the_epochs(colour_dir: Path) -> None:
+    config = data.DataConfig(start_size=32, full_size_epoch=3)
+    loader = Loader(
+        colour_dir / "train.beton", batch_size=8, train=True, size=128, augment=Augment.RANDOM_RESIZED,
+        sizes=partial(config.train_size, full=128),
+    )  # fmt: skip
+    sizes = []
+    for epoch in range(5):
+        loader.set_epoch(epoch)
+        sizes.append({batch.images.shape[2:] for batch in loader})
+        alone = Loader(colour_dir / "train.beton", batch_size=8, train=True, size=(32, 64, 96, 128, 128)[epoch], augment=Augment.RANDOM_RESIZED)
+        alone.set_epoch(epoch)
+        for batch, wanted in zip(loader, alone, strict=True):
+            assert torch.equal(batch.images, wanted.images)
+    assert sizes == [{(32, 32)}, {(64, 64)}, {(96, 96)}, {(128, 128)}, {(128, 128)}]
+    assert next(iter(Loader(colour_dir / "val.beton", batch_size=8, train=False, size=128, sizes=lambda epoch: 32))).images.shape[2] == 128
+
+
+def test_grey_images_do_not_grow(chars_dir: Path) -> None:
+    with pytest.raises(ValueError, match="start_size"):
+        Loader(chars_dir / "train.beton", batch_size=8, train=True, sizes=lambda epoch: 16)

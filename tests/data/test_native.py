@@ -301,6 +301,23 @@ def test_whole_jpegs() -> None:
             native.decode_jpeg(bad)
 
 
+@given(height=st.integers(1, 300), width=st.integers(1, 300), channels=st.sampled_from([0, 1, 3]), seed=st.integers(0, 1000))
+def test_moments(height: int, width: int, channels: int, seed: int) -> None:
+    shape = (height, width, channels) if channels else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    if seed % 10 == 0:
+        pixels[:] = 255  # the largest sums
+    exact = pixels.astype(np.int64).reshape(height * width, -1)
+    assert native.moments(pixels) == (exact.sum(0).tolist(), (exact**2).sum(0).tolist())
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 266), (640, 427), (100, 300), (3, 1), (700, 500)])
+def test_resizing_is_pillows(width: int, height: int) -> None:
+    found = native.resize(photograph, width=width, height=height)
+    theirs = np.asarray(Image.fromarray(photograph).resize((width, height), Image.Resampling.BILINEAR))
+    assert np.abs(found.astype(int) - theirs).max() <= 1
+
+
 def test_random_corruptions_neither_crash_nor_hang() -> None:
     """Without checksums: an error or some picture, of memory that is ours."""
     good = as_jpeg(photograph[:96, :96])

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_gsl.data.order import epoch_order, num_steps, rank_batches, share
+from dist_gsl.data.order import epoch_order, num_steps, rank_batches, share, windowed_order
 
 SAMPLES = st.integers(1, 200)
 BATCH = st.integers(1, 40)
@@ -84,3 +84,25 @@ def test_order_follows_seed_and_epoch() -> None:
     orders = [tuple(epoch_order(50, seed=s, epoch=e, shuffle=True)) for s, e in ((0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == 3
     assert orders[0] == tuple(epoch_order(50, seed=0, epoch=0, shuffle=True))
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=30), pages_at_once=st.integers(1, 8), epoch=st.integers(0, 3))
+def test_windows_hold_whole_pages_in_random_order(sizes: list[int], pages_at_once: int, epoch: int) -> None:
+    pages = np.repeat(np.arange(len(sizes)) * 2 + 5, sizes)
+    order, window = windowed_order(pages, seed=3, epoch=epoch, pages_at_once=pages_at_once)
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(pages)))
+    assert (np.diff(window) >= 0).all()
+    held = [set(pages[order[window == number]]) for number in range(window[-1] + 1)]
+    assert [len(each) for each in held] == [pages_at_once] * (len(sizes) // pages_at_once) + ([len(sizes) % pages_at_once] if len(sizes) % pages_at_once else [])
+    assert sum(map(len, held)) == len(sizes)  # no page in two windows
+
+
+def test_windowed_orders_are_uniform() -> None:
+    """Of three pages of two samples, two at once: who comes first, and which pages share a window."""
+    pages = np.repeat([0, 1, 2], 2)
+    found = [windowed_order(pages, seed=1, epoch=epoch, pages_at_once=2)[0] for epoch in range(3000)]
+    for counts in (np.bincount([order[0] for order in found]), np.bincount([order[-1] for order in found])):
+        assert len(counts) == 6
+        assert counts.min() > 420  # of 500; the deviation is 20
+    neighbours = np.mean([order[0] // 2 == order[1] // 2 for order in found])
+    assert abs(neighbours - 1 / 3) < 0.05  # shuffled over both pages, not one after the other

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from dist_gsl.data.sources import SOURCES, ImageKind, Task, open_source
+from dist_gsl.data.sources import SOURCES, ImageKind, Task, in_grey, open_source
 
 
 def test_unknown_source_names_the_known_ones() -> None:
@@ -107,6 +108,17 @@ def test_image_folder_lists_classes_and_converts_modes(image_folder: Path) -> No
 def test_aliases_are_class_folders(image_folder: Path) -> None:
     for name in ("imagenet", "places2", "icdar"):
         assert open_source(f"{name}:{image_folder}").classes == ("cat", "dog")
+
+
+def test_characters_in_class_folders_become_grey_squares(image_folder: Path) -> None:
+    source, colour = open_source(f"icdar:{image_folder}"), open_source(f"imagefolder:{image_folder}")
+    assert source.kind is ImageKind.GREY
+    assert source.fingerprint not in (colour.fingerprint, in_grey(colour, 16).fingerprint)
+    for position in range(3):  # RGB, grey and CMYK
+        wanted = Image.fromarray(colour.splits["val"][position].image).convert("L").resize((32, 32), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(source.splits["val"][position].image, np.asarray(wanted))
+    with pytest.raises(ValueError, match="in grey already"):
+        in_grey(source, 32)
 
 
 def test_class_that_training_lacks_is_refused(image_folder: Path) -> None:

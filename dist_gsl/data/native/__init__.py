@@ -75,7 +75,8 @@ def library() -> ctypes.CDLL:
         (found.dist_gsl_verify, [address, u64, address, u64, address, u64, u64, i32, address, address]),
         (found.dist_gsl_jpeg_size, [address, u64, address]),
         (found.dist_gsl_jpeg, [address, u64, u32, u32, address]),
-        (found.dist_gsl_histogram, [address, u64, u64, address]),
+        (found.dist_gsl_moments, [address, u64, u64, address, address]),
+        (found.dist_gsl_resize, [address, u32, u32, u32, u32, address]),
         (found.dist_gsl_normalise, [address, u64, u64, u64, address, i32, address, u64]),
         (found.dist_gsl_region, [address, u64, u32, u32, address]),
         (found.dist_gsl_use_vectors, [i32]),
@@ -117,13 +118,21 @@ def decode_jpeg(content: bytes) -> NDArray[np.uint8]:
     return pixels
 
 
-def histogram(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """How often each level is in each channel, (channels, 256), of pixels (H, W) or (H, W, channels)."""
+def moments(pixels: NDArray[np.uint8]) -> tuple[list[int], list[int]]:
+    """Of each channel the sum of its levels and of their squares, of pixels (H, W) or (H, W, channels)."""
     levels = np.ascontiguousarray(pixels)
     channels = levels.shape[2] if levels.ndim == 3 else 1
-    counts = np.zeros((channels, 256), np.uint64)
-    library().dist_gsl_histogram(levels.ctypes.data, levels.size // channels, channels, counts.ctypes.data)
-    return counts
+    found = np.zeros((2, channels), np.uint64)
+    library().dist_gsl_moments(levels.ctypes.data, levels.size // channels, channels, found[0].ctypes.data, found[1].ctypes.data)
+    sums, squares = found.tolist()
+    return sums, squares
+
+
+def resize(pixels: NDArray[np.uint8], *, width: int, height: int) -> NDArray[np.uint8]:
+    """Pixels in colour, (H, W, 3), to other sides, by the triangle filter: torchvision's "bilinear" with antialias."""
+    source, out = np.ascontiguousarray(pixels), np.empty((height, width, 3), np.uint8)
+    library().dist_gsl_resize(source.ctypes.data, source.shape[1], source.shape[0], width, height, out.ctypes.data)
+    return out
 
 
 def normalise(

@@ -388,26 +388,26 @@ uint32_t sum_pixels(const uint8_t*, const Filter&, const int16_t*, uint32_t, uin
 #endif
 
 // A row of the output at a time: first the rows that it is a sum of, then in this one row the columns.
-void resize(const Pixels& pixels, uint32_t size, bool mirrored, uint8_t* out, Scratch& scratch) {
+void resize(const Pixels& pixels, uint32_t width, uint32_t height, bool mirrored, uint8_t* out, Scratch& scratch) {
     const size_t row_bytes = size_t{3} * pixels.width;
     Filter &vertical = scratch.vertical, &horizontal = scratch.horizontal;
-    make_filter(pixels.top, pixels.bottom, pixels.height, size, false, vertical, scratch.exact);
-    make_filter(pixels.left, pixels.right, pixels.width, size, mirrored, horizontal, scratch.exact);
+    make_filter(pixels.top, pixels.bottom, pixels.height, height, false, vertical, scratch.exact);
+    make_filter(pixels.left, pixels.right, pixels.width, width, mirrored, horizontal, scratch.exact);
     scratch.row.resize(row_bytes + size_t{3} * horizontal.taps + kMargin);
     if (uses_vectors) spread_weights(horizontal, scratch.spread);
     uint8_t* row = scratch.row.data();
-    for (uint32_t y = 0; y < size; ++y, out += size_t{3} * size) {
+    for (uint32_t y = 0; y < height; ++y, out += size_t{3} * width) {
         const uint8_t* lines = pixels.data + vertical.first[y] * pixels.stride;
         const int16_t* weights = &vertical.weights[size_t{y} * vertical.taps];
         const int count = num_used(weights, vertical.taps);
         uint32_t done = 0;
         if (uses_vectors) {
             sum_rows(lines, pixels.stride, weights, count, row_bytes, row);
-            done = sum_pixels(row, horizontal, aligned(scratch.spread), size, out);
+            done = sum_pixels(row, horizontal, aligned(scratch.spread), width, out);
         } else {
             sum_rows_plain(lines, pixels.stride, weights, count, 0, row_bytes, row);
         }
-        sum_pixels_plain(row, horizontal, done, size, out);
+        sum_pixels_plain(row, horizontal, done, width, out);
     }
 }
 
@@ -461,7 +461,7 @@ Status decode_one(const File& file, uint64_t sample, const Settings& settings, u
         scratch.pixels.resize(size_t{3} * row.width * row.height + kMargin);
         if (const Status status = decode_jpeg(data, num_bytes, row, region, size, scratch, pixels)) return status;
     }
-    resize(pixels, size, region.mirrored, out, scratch);
+    resize(pixels, size, size, region.mirrored, out, scratch);
     return kGood;
 }
 
@@ -548,19 +548,31 @@ int32_t dist_gsl_verify(const uint8_t* data, uint64_t num_bytes, const uint8_t* 
     return kGood;
 }
 
-// How often each level is in each channel of interleaved pixels: adds to `counts`, (channels, 256).
-int32_t dist_gsl_histogram(const uint8_t* pixels, uint64_t count, uint64_t channels, uint64_t* counts) {
-    // Four tables: neighbours are often alike, and an addition waits for the one before it to the same place.
-    std::vector<uint32_t> tables(size_t{4} * channels * 256, 0);
-    for (uint64_t done = 0; done < count;) {
-        const uint64_t end = std::min<uint64_t>(count, done + (uint64_t{1} << 31));
-        for (; done < end; ++done) {
-            uint32_t* table = &tables[(done & 3) * channels * 256];
-            for (uint64_t channel = 0; channel < channels; ++channel) ++table[channel * 256 + pixels[done * channels + channel]];
+// Adds the levels of each channel of interleaved pixels to `sums`, and their squares to `squares`.
+int32_t dist_gsl_moments(const uint8_t* pixels, uint64_t count, uint64_t channels, uint64_t* sums, uint64_t* squares) {
+    constexpr uint64_t kAtOnce = 1 << 16;  // whose squares fit 32 bits
+    for (uint64_t done = 0; done < count; done += kAtOnce, pixels += kAtOnce * channels) {
+        const uint64_t pixels_now = std::min(kAtOnce, count - done);
+        for (uint64_t channel = 0; channel < channels; ++channel) {
+            uint32_t sum = 0, square = 0;
+            const uint8_t* level = pixels + channel;
+            if (channels == 3) {  // said outright, it becomes vectors
+                for (uint64_t i = 0; i < pixels_now; ++i) sum += level[3 * i], square += level[3 * i] * level[3 * i];
+            } else {
+                for (uint64_t i = 0; i < pixels_now; ++i) sum += level[channels * i], square += level[channels * i] * level[channels * i];
+            }
+            sums[channel] += sum;
+            squares[channel] += square;
         }
-        for (size_t i = 0; i < tables.size(); ++i) counts[i % (channels * 256)] += tables[i];
-        std::fill(tables.begin(), tables.end(), 0);
     }
+    return kGood;
+}
+
+// `width` x `height` pixels in colour to `out`, of other sides, by the same filter as the regions.
+int32_t dist_gsl_resize(const uint8_t* pixels, uint32_t width, uint32_t height, uint32_t out_width, uint32_t out_height, uint8_t* out) {
+    Scratch scratch;
+    resize({pixels, width, height, size_t{3} * width, 0.0, 0.0, static_cast<double>(width), static_cast<double>(height)}, out_width,
+           out_height, false, out, scratch);
     return kGood;
 }
 

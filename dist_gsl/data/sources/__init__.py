@@ -6,13 +6,15 @@ from typing import Final
 
 from dist_gsl.data.sources.base import ImageKind, Sample, Samples, Source, Task
 from dist_gsl.data.sources.folders import open_class_folders
+from dist_gsl.data.sources.grey import in_grey
+from dist_gsl.data.sources.icdar import open_icdar
 from dist_gsl.data.sources.imagenet import open_imagenet
 from dist_gsl.data.sources.parquet import open_parquet
 from dist_gsl.data.sources.places import open_places
 from dist_gsl.data.sources.rendered import open_chars, open_digits, open_rotated_digits
 from dist_gsl.data.sources.webdataset import open_webdataset
 
-__all__ = ["SOURCES", "ImageKind", "Sample", "Samples", "Source", "Task", "open_source"]
+__all__ = ["SOURCES", "ImageKind", "Sample", "Samples", "Source", "Task", "in_grey", "open_source"]
 
 
 def open_source(spec: str, *, seed: int = 0, counts: Mapping[str, int] | None = None) -> Source:
@@ -51,7 +53,7 @@ _OPENERS: Final[dict[str, _Opener]] = {
     "imagefolder": open_class_folders,
     "imagenet": open_imagenet,
     "places2": open_places,
-    "icdar": open_class_folders,
+    "icdar": open_icdar,
     "parquet": open_parquet,
     "webdataset": open_webdataset,
 }
@@ -65,7 +67,7 @@ SOURCES: Final[dict[str, str]] = {
     "places2:PATH": "Places2 (365 or 401 classes): the released lists and images, or class folders",
     "parquet:PATH": "Parquet shards train-*.parquet, val-*.parquet with an image's bytes and a label in each row",
     "webdataset:PATH": "tar shards train-*.tar, val-*.tar with NAME.jpg and NAME.cls",
-    "icdar:PATH": "ICDAR characters as class folders, like imagefolder",
+    "icdar:PATH": "ICDAR characters, 32x32 grey: the files of Jaderberg et al., or class folders",
 }
 """How each source is written, and what it is."""
 

@@ -1,24 +1,24 @@
 """Shards of Parquet with an image's bytes and its label in each row, as ImageNet is handed around.
 
-ROOT, or ROOT/data, holds ``SPLIT-*.parquet`` or ``SPLIT/*.parquet`` for train, val (or validation) and perhaps test. A shard is read
-a few rows at a time.
+Shards are for train, val (or validation) and perhaps test, as in `shards.py`. One is read a few rows at a time.
 """
 
 import bisect
-import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_gsl.data.sources.base import ImageKind, Samples, Source, Task, check_split_names
-from dist_gsl.data.sources.files import Entry, Files
+from dist_gsl.data.sources.base import Samples, Source, check_split_names
+from dist_gsl.data.sources.files import Files
 from dist_gsl.data.sources.folders import chosen
+from dist_gsl.data.sources.shards import find_shards, shard_source
 
-SPLITS: Final = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 _IMAGES: Final = ("image", "img", "jpg", "jpeg", "png", "bytes")
 _LABELS: Final = ("label", "labels", "cls", "class", "target", "fine_label")
 _ROWS: Final = 64
@@ -26,15 +26,8 @@ _ROWS: Final = 64
 
 def open_parquet(spec: str, argument: str, seed: int, counts: dict[str, int]) -> Source:
     files = Files(argument)
-    if not files.is_folder():
-        raise ValueError(f"folder {files.address()} of data source {spec!r} is missing: it should hold train-*.parquet and val-*.parquet")
-    shards = {split: _shards(files, names) for split, names in SPLITS.items()}
-    for split in ("train", "val"):
-        if not shards[split]:
-            raise ValueError(
-                f"{files.address()} of data source {spec!r} has no {split} shards: {split}-*.parquet or {split}/*.parquet are expected"
-            )
-    opened = {split: ParquetSamples(files, [entry.name for entry in found]) for split, found in shards.items() if found}
+    shards = find_shards(spec, files, ".parquet")
+    opened = {split: ParquetSamples(files, [entry.name for entry in found]) for split, found in shards.items()}
     labels = {split: samples.all_labels() for split, samples in opened.items()}
     if "test" in labels and (labels["test"] < 0).any():  # released without its labels
         del opened["test"], labels["test"]
@@ -50,20 +43,18 @@ def open_parquet(spec: str, argument: str, seed: int, counts: dict[str, int]) ->
     for number, (split, samples) in enumerate(opened.items()):
         kept = chosen(len(samples), counts.get(split), seed=seed, number=number, what=f"{split} of {files.address()} holds")
         splits[split] = samples if len(kept) == len(samples) else samples.only(kept)
-    listing = json.dumps([entry for found in shards.values() for entry in found])
-    return Source(
-        spec=spec, kind=ImageKind.COLOUR, task=Task.CLASSIFICATION, classes=tuple(classes), num_targets=0, splits=splits,
-        fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
-    )  # fmt: skip
+    return shard_source(spec, shards, classes, splits)
 
 
-def _shards(files: Files, names: Sequence[str]) -> list[Entry]:
-    found = []
-    for entry in files.listing():
-        folder, _, file = entry.name.removeprefix("data/").rpartition("/")
-        if file.endswith(".parquet") and any(folder == name or (not folder and file.startswith(f"{name}-")) for name in names):
-            found.append(entry)
-    return found
+@dataclass
+class _Reading:
+    """How far a row group was read."""
+
+    group: int
+    batches: Iterator[Any]
+    at_hand: list[Any] = field(default_factory=list)
+    first: int = 0
+    """Row of the first at hand."""
 
 
 class ParquetSamples(Samples):
@@ -90,10 +81,10 @@ class ParquetSamples(Samples):
         # A group is decoded from its beginning: who reads a whole one decodes nothing twice.
         self.block = rows[0] if rows and rows[0] <= 1024 else 4 * _ROWS
         self._image, self._label = self._columns()
-        self._reading: tuple[int, int, Iterator[Any], list[Any]] | None = None
+        self._reading: dict[tuple[int, int], _Reading] = {}  # by process and thread
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_reading": None}
+        return {**vars(self), "_reading": {}}
 
     def __len__(self) -> int:
         return len(self._kept) if self._kept is not None else (self._ends[-1] if self._ends else 0)
@@ -109,21 +100,18 @@ class ParquetSamples(Samples):
         row = position if self._kept is None else int(self._kept[position])
         group = bisect.bisect_right(self._ends, row)
         wanted = row - (self._ends[group - 1] if group else 0)
-        # (group, process, batches to come, first row of those at hand)
-        if self._reading is None or self._reading[:2] != (group, os.getpid()) or self._first > wanted:
-            self._reading, self._first = (group, os.getpid(), self._batches(group), []), 0
-        _, process, batches, at_hand = self._reading
-        while wanted >= self._first + len(at_hand):
-            self._first += len(at_hand)
-            at_hand = next(batches).to_pylist()
-            self._reading = (group, process, batches, at_hand)
-        sample = at_hand[wanted - self._first]
+        place = (os.getpid(), threading.get_ident())
+        reading = self._reading.get(place)
+        if reading is None or reading.group != group or reading.first > wanted:
+            reading = self._reading[place] = _Reading(group, self._batches(group))
+        while wanted >= reading.first + len(reading.at_hand):
+            reading.first += len(reading.at_hand)
+            reading.at_hand = next(reading.batches).to_pylist()
+        sample = reading.at_hand[wanted - reading.first]
         content = sample[self._image]
         if isinstance(content, dict):
             content = content.get("bytes")
         return content or b"", int(sample[self._label])
-
-    _first = 0
 
     def describe(self, position: int) -> str:
         row = position if self._kept is None else int(self._kept[position])

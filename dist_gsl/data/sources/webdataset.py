@@ -1,29 +1,21 @@
 """WebDataset: tar archives in which an image and its class lie side by side, under one name.
 
-ROOT holds ``SPLIT-*.tar`` or ``SPLIT/*.tar`` for train, val (or validation) and perhaps test; in them ``NAME.jpg`` (or another image)
+Archives are for train, val (or validation) and perhaps test, as in `shards.py`; in them lies ``NAME.jpg`` (or another image)
 with ``NAME.cls``, a number; or ``NAME.json`` with a "label". ``classes.txt``, where it is there, has a class's name in each line.
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
 
-from dist_gsl.data.sources.base import ImageKind, Samples, Source, Task, check_split_names
-from dist_gsl.data.sources.files import IMAGE_SUFFIXES, Entry, Files, Member, TarSamples, members
+from dist_gsl.data.sources.base import Samples, Source, check_split_names
+from dist_gsl.data.sources.files import IMAGE_SUFFIXES, Files, Member, TarSamples, members
 from dist_gsl.data.sources.folders import chosen
-
-SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+from dist_gsl.data.sources.shards import find_shards, shard_source
 
 
 def open_webdataset(spec: str, argument: str, seed: int, counts: dict[str, int]) -> Source:
     files = Files(argument)
-    if not files.is_folder():
-        raise ValueError(f"folder {files.address()} of data source {spec!r} is missing: it should hold train-*.tar and val-*.tar")
-    shards = {split: _shards(files, names) for split, names in SPLITS.items()}
-    for split in ("train", "val"):
-        if not shards[split]:
-            raise ValueError(f"{files.address()} of data source {spec!r} has no {split} shards: {split}-*.tar or {split}/*.tar are expected")
-    found = {split: [_samples(files, entry.name) for entry in entries] for split, entries in shards.items() if entries}
+    shards = find_shards(spec, files, ".tar")
+    found = {split: [_samples(files, entry.name) for entry in entries] for split, entries in shards.items()}
     check_split_names(counts, list(found), spec=spec)
     largest = max(label for each in found.values() for shard in each for _, label in shard)
     if files.is_file("classes.txt"):
@@ -41,20 +33,7 @@ def open_webdataset(spec: str, argument: str, seed: int, counts: dict[str, int])
         splits[split] = TarSamples(
             files, [entry.name for entry in shards[split]], per_shard, [member for _, member, _ in rows], [label for _, _, label in rows]
         )
-    listing = json.dumps([entry for entries in shards.values() for entry in entries])
-    return Source(
-        spec=spec, kind=ImageKind.COLOUR, task=Task.CLASSIFICATION, classes=tuple(classes), num_targets=0, splits=splits,
-        fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
-    )  # fmt: skip
-
-
-def _shards(files: Files, names: Sequence[str]) -> list[Entry]:
-    found = []
-    for entry in files.listing():
-        folder, _, file = entry.name.rpartition("/")
-        if file.endswith(".tar") and any(folder == name or (not folder and file.startswith(f"{name}-")) for name in names):
-            found.append(entry)
-    return found
+    return shard_source(spec, shards, classes, splits)
 
 
 def _samples(files: Files, shard: str) -> list[tuple[Member, int]]:
