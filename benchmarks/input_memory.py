@@ -3,8 +3,9 @@
     sudo python benchmarks/input_memory.py [--images 50000]
 
 Images are those of `input.py`, linked as often as needed. What is counted is what a process has of its own (private and anonymous), of
-the writer and all its workers; the page cache is the system's. The loader runs in a memory control group of a tenth of the file,
-which needs root; without it the loader runs freely and the script says so.
+the writer and all its workers; the page cache is the system's. The loader reads in quasi-random order, with a tenth of the file as its
+limit, in a memory control group of that tenth and what the process takes, which needs root; without it the loader runs freely and the
+script says so.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from input import make_images
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 READ = """
-import sys
+import sys, time
 from dist_gsl.data import Augment, Loader
-loader = Loader(sys.argv[1], batch_size=128, train=True, augment=Augment.RANDOM_RESIZED, num_threads=2)
+loader = Loader(sys.argv[1], batch_size=128, train=True, augment=Augment.RANDOM_RESIZED, num_threads=2, memory=int(sys.argv[2]) or None)
 for epoch in range(2):
     loader.set_epoch(epoch)
+    began = time.monotonic()
     for number, batch in enumerate(loader):
         if number % 40 == 39 or number + 1 == len(loader):
             own = next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous:"))
-            print(epoch, number + 1, own // 1024, flush=True)
+            print(epoch, number + 1, own // 1024, f"{128 * (number + 1) / (time.monotonic() - began):.0f} images/s", flush=True)
 """
 
 
@@ -85,21 +87,29 @@ def main() -> None:
         print(f"writer, {options.images} images, {samples[-1][0]:.0f} s: MiB after each tenth of the time")
         print("  " + " ".join(str(samples[len(samples) * tenth // 10][1]) for tenth in range(1, 10)), samples[-1][1])
         beton = out / "train.beton"
-        limit = beton.stat().st_size // 10
-        group = GROUPS / f"dist-gsl-{os.getpid()}"
-        command = [sys.executable, "-c", READ, str(beton)]
-        try:
-            group.mkdir()
-            (group / "memory.limit_in_bytes").write_text(str(limit + 600 * 2**20))  # torch, numba and batches take some
-            command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
-            print(f"loader, {beton.stat().st_size / 1e9:.2f} GB in a group of {limit / 1e9:.2f} GB and 0.6 for the process: epoch, batch, MiB")
-        except OSError as error:
-            print(f"loader, {beton.stat().st_size / 1e9:.2f} GB, not in a group of less memory ({error}): epoch, batch, MiB")
-        try:
-            subprocess.run(command, check=True)
-        finally:
-            if group.exists():
-                group.rmdir()
+        size = beton.stat().st_size
+        for order, memory in (("quasi-random", size // 10), ("random, its file taken for one that fits", 0)):
+            with beton.open("rb") as file:  # what the writer left in the page cache would count for nobody
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            print(f"loader, {order}, {size / 1e9:.2f} GB; {(size // 10) / 1e9:.2f} GB and 0.6 for the process: epoch, batch, MiB", flush=True)
+            in_group([sys.executable, "-c", READ, str(beton), str(memory)], size // 10 + 600 * 2**20)
+
+
+def in_group(command: list[str], limit: int) -> None:
+    """Runs it in a memory control group of so many bytes, where one can be made."""
+    group = GROUPS / f"dist-gsl-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
+    except OSError as error:
+        print(f"  not in a group of less memory ({error})", flush=True)
+    try:
+        subprocess.run(command, check=True)
+    finally:
+        if group.exists():
+            group.rmdir()
 
 
 if __name__ == "__main__":

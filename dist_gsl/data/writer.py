@@ -11,10 +11,12 @@ then of its target's where that is an array, then of the row before the checksum
 """
 
 import contextlib
+import ctypes
 import json
 import math
 import multiprocessing
 import os
+import signal
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator
@@ -37,6 +39,8 @@ SMALLEST_SIDE: Final = 8
 """Pixels; a region needs some to be chosen from."""
 LARGEST_SIDE: Final = 65_535
 """FFCV stores sides as 16-bit numbers."""
+LARGEST_JPEG: Final = 1 << 25
+"""Bytes of an image, where all are JPEGs of any size."""
 LARGEST_GREY: Final = 4096
 """Pixels of a side of images in grey, all of which are as large."""
 _ROWS_AT_ONCE: Final = 1 << 16
@@ -73,8 +77,9 @@ class Layout:
         """A power of two into which the largest sample goes."""
         largest = math.prod(self.shape)
         if self.channels == 3:
-            # A JPEG of noise at full quality is larger than the pixels themselves.
-            largest = 6 * (self.encoding.max_side or 4096) ** 2 + 4096
+            # A JPEG of noise at full quality is larger than the pixels themselves. Small pages mix better in quasi-random order.
+            side, all_jpeg = self.encoding.max_side, self.encoding.jpeg_share == 1.0
+            largest = 6 * (side or 4096) ** 2 + 4096 if side or not all_jpeg else LARGEST_JPEG
         page_size = SMALLEST_PAGE
         while page_size < largest + 4 * self.num_targets:
             page_size *= 2
@@ -198,12 +203,17 @@ def _target_bytes(target: Any) -> bytes:
     return np.ascontiguousarray(target, np.float32).tobytes()
 
 
+_PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
 _task: tuple[Samples, Layout, bool] | None = None
 """What this process encodes."""
 
 
-def _begin(samples: Samples, layout: Layout, skip_bad: bool) -> None:
+def _begin(samples: Samples, layout: Layout, skip_bad: bool, parent: int) -> None:
     global _task
+    # Whoever waits for work does not see that nobody is left to give it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     _task = samples, layout, skip_bad
 
 
@@ -225,7 +235,7 @@ def _blocks(
     pool: Executor
     if samples.may_fork:
         pool = ProcessPoolExecutor(
-            num_workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(samples, layout, skip_bad)
+            num_workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(samples, layout, skip_bad, os.getpid())
         )
         encode: Callable[[int, int], Block] = _encode
     else:

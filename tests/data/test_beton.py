@@ -463,3 +463,41 @@ data.write("imagefolder:{image_folder}", {str(out)!r}, num_workers=2)
     assert not list(out.glob("*.beton"))
     data.write(f"imagefolder:{image_folder}", out)
     assert {path.name for path in out.iterdir()} == {"train.beton", "val.beton", "dataset.json"}
+
+
+def test_a_killed_program_leaves_no_process_and_can_be_gone_on_with(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = f"""
+import time
+from dist_gsl import data
+from dist_gsl.data.sources.files import FileSamples
+
+read, FileSamples.block = FileSamples.read, 6
+
+def read_or_wait(self, position):
+    if position >= 12:
+        time.sleep(60)
+    return read(self, position)
+
+FileSamples.read = read_or_wait
+data.write("imagefolder:{image_folder}", {str(out)!r}, num_workers=2, progress=lambda what, done, total: print(done, flush=True))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        while program.stdout.readline() != "12\n":
+            pass
+        workers = [int(pid) for pid in Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()]
+        assert len(workers) == 2
+        program.kill()
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):
+        assert time.monotonic() < until, "they are still there"
+        time.sleep(0.05)
+    assert not list(out.glob("*.beton"))
+    calls: list[tuple[str, int, int]] = []
+    data.write(f"imagefolder:{image_folder}", out, progress=lambda *call: calls.append(call))
+    assert calls[0] == ("writing train", 12, 24)
+    data.write(f"imagefolder:{image_folder}", tmp_path / "whole")
+    for name in ("train.beton", "val.beton"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list(out.iterdir())) == 3
