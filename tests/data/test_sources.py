@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dist_gsl.data.sources import SOURCES, ImageKind, Task, in_grey, open_source
+from dist_gsl.data.sources.files import Names
 
 
 def test_unknown_source_names_the_known_ones() -> None:
@@ -140,3 +143,16 @@ def test_broken_image_is_named(image_folder: Path) -> None:
     position = next(i for i in range(len(samples)) if samples.describe(i) == str(path))
     with pytest.raises(ValueError, match=r"broken\.jpg cannot be decoded"):
         samples[position]
+
+
+@given(names=st.lists(st.text(max_size=6)), place=st.integers(-8, 8))
+def test_names_are_a_sequence(names: list[str], place: int) -> None:
+    packed = Names(names)
+    assert list(packed) == names
+    assert packed[place:] == names[place:]
+    if -len(names) <= place < len(names):
+        assert packed[place] == names[place]
+    else:
+        with pytest.raises(IndexError):
+            packed[place]
+    assert Names(["caf\udce9.jpg"])[0] == "caf\udce9.jpg"  # a name that is no UTF-8
