@@ -472,6 +472,8 @@ import time
 from dist_gsl import data
 from dist_gsl.data.sources.files import FileSamples
 
+pytestmark = pytest.mark.timeout(120)  # nothing here may hang
+
 read, FileSamples.block = FileSamples.read, 6
 
 def read_or_wait(self, position):

@@ -11,7 +11,7 @@ from dist_gsl import data
 from dist_gsl.cli import main
 from dist_gsl.data.sources import in_grey, open_source
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*figure layout.*")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*figure layout.*"), pytest.mark.timeout(120)]
 
 
 def test_write_check_and_stats(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ from sklearn.datasets import load_sample_images
 
 from dist_gsl.data import images
 
+pytestmark = pytest.mark.timeout(120)  # nothing here may hang
+
 photograph = load_sample_images().images[1][:120, :200]
 
 

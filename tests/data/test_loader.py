@@ -19,6 +19,8 @@ from dist_gsl.data.sources import open_source
 
 from .conftest import COUNTS
 
+pytestmark = pytest.mark.timeout(120)  # nothing here may hang
+
 
 def pixels(loader: Loader, batch: data.Batch) -> np.ndarray:
     """The grey levels that a batch was made from."""

@@ -17,6 +17,8 @@ from sklearn.datasets import load_sample_images
 
 from dist_gsl.data import augment, native
 
+pytestmark = pytest.mark.timeout(120)  # nothing here may hang
+
 ROW = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
 JPEG, RAW = 0, 1
 RATIOS = {"min_ratio": 3 / 4, "max_ratio": 4 / 3}

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -250,13 +250,23 @@ def test_regression(directory: Path) -> None:
     assert 0 < report["rmse"] < 1
 
 
-@pytest.mark.parametrize(("source", "recipe"), [("imagenet", "dec8-imagenet-sgl"), ("places2", "bnet-c-places2-gs")])
-def test_released_layouts_to_a_report(source: str, recipe: str, directory: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "make", "recipe", "given"),
+    [
+        ("imagenet", layouts.make_imagenet, "dec8-imagenet-sgl",
+         ["--data.size", "64", "--data.start-size", "48", "--data.full-size-epoch", "1", "--data.memory-gb", "0.001"]),
+        ("places2", layouts.make_places, "bnet-c-places2-gs", ["--data.size", "64"]),
+        ("icdar", layouts.make_icdar, "dec3-icdar-gs", []),
+    ],
+)  # fmt: skip
+def test_released_layouts_to_a_report(
+    source: str, make: Callable[[Path], Path], recipe: str, given: list[str], directory: Path
+) -> None:
     """As a user with the whole data set would: write, train by the paper's recipe, report; small, and no other path through."""
-    root = (layouts.make_imagenet if source == "imagenet" else layouts.make_places)(directory / source)
+    root = make(directory / source)
     out = directory / f"{source}-betons"
     assert main(["data", "write", f"{source}:{root}", str(out), "--workers", "2"]) == 0
-    options = ["--network.width", "0.0625", "--data.size", "64", "--data.num-threads", "1", "--train.batch-size", "8", "--train.epochs", "1",
+    options = [*given, "--network.width", "0.0625", "--data.num-threads", "1", "--train.batch-size", "8", "--train.epochs", "1",
                "--workers.num", "2", "--no-tracking"]  # fmt: skip
     assert main(["train", recipe, "--name", source, "--data.dir", str(out), *options]) == 0
     report = json.loads((directory / "runs" / source / "report.json").read_text())
