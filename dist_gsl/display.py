@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 LINE_EVERY_S = 30.0
-"""Where there is no bar, a job's log say, an epoch that takes longer than this tells of its steps."""
+"""Where there is no bar, a job's log say, work that takes longer than this tells of its steps."""
 
 
 class Display(Listener):
@@ -157,20 +159,37 @@ class _Rate(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:,.0f}/s", style="progress.data.speed")
 
 
+@dataclass
+class _Lines:
+    """What was told of some work: when it began, how much was done then, and when the last line came."""
+
+    began_at: float
+    first: int
+    told_at: float
+
+
 class Steps:
     """Progress of work that counts: `with Steps(console) as steps: steps(what, done, total)`; a bar on a terminal, a
-    line at the start elsewhere."""
+    line at the start and one now and then elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
         self._bars: Progress | None = None
-        self._tasks: dict[str, TaskID | float] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._lines: dict[str, _Lines] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if not self.console.is_terminal:
-            if what not in self._tasks:
-                self._tasks[what] = time.perf_counter()
+            now = self.clock()
+            if what not in self._lines:
+                self._lines[what] = _Lines(now, done, now)
                 self.console.print(f"{what}: {total:,}", highlight=False)
+            lines = self._lines[what]
+            if now - lines.told_at >= LINE_EVERY_S and done > lines.first:
+                lines.told_at = now
+                rate = (done - lines.first) / (now - lines.began_at)
+                left = timedelta(seconds=round((total - done) / rate))
+                self.console.print(f"{what}: {done:,} of {total:,}, {rate:,.0f}/s, {left} left", highlight=False)
             return
         if self._bars is None:
             self._bars = Progress(
@@ -185,7 +204,7 @@ class Steps:
             self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+        self._bars.update(self._tasks[what], completed=done, total=total)
 
     def __enter__(self) -> Steps:
         return self
