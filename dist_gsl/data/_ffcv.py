@@ -243,7 +243,10 @@ class _Buffers:
 
     def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         wanted = math.prod(shape)
-        memory = self._free.pop() if self._free else np.empty(0, np.uint8)
+        try:
+            memory = self._free.pop()
+        except IndexError:  # asked for first, another epoch's thread may take the last one meanwhile
+            memory = np.empty(0, np.uint8)
         if memory.size < wanted:
             memory = np.empty(wanted, np.uint8)
         # Views keep this array alive and not only the memory, since the memoryview between them is no array.
