@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def _samples(info: DatasetInfo, directory: Path) -> tuple[list[Any], list[str]]:
     count = min(split.num_samples, _SHEET_COLUMNS * _SHEET_ROWS)
     size = 112 if info.channels == 3 else None
     loader = Loader(directory / split.file, batch_size=count, train=True, size=size)
-    batch = next(loader.levels())
+    with contextlib.closing(loader.levels()) as batches:
+        batch = next(batches)
     levels = batch.images.permute(0, 2, 3, 1).numpy() / 255
     targets = batch.targets.tolist()
     labels = [info.classes[t] if info.classes else ", ".join(f"{value:.2f}" for value in t) for t in targets]

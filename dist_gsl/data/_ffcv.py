@@ -8,11 +8,13 @@ it inside functions.
 import contextlib
 import math
 import mmap
+import os
 import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final
 
@@ -70,6 +72,10 @@ __all__ = [
 
 _POLL_SECONDS: Final = 0.05
 _BATCHES_AHEAD: Final = 2
+_FETCHED_AT_ONCE: Final = 1 << 17
+"""Bytes; of more the system would read only the beginning."""
+_MOST_FREE: Final = 8
+"""Buffers that are kept for later batches."""
 
 
 SCALAR_FIELDS: Final = (IntField, FloatField)
@@ -112,6 +118,10 @@ class Stored:
         places = np.searchsorted(self.ptrs, self.pointers).clip(max=len(self.ptrs) - 1)
         # Nothing is where no entry of the table begins.
         self.image_sizes = np.where(self.ptrs[places] == self.pointers, self.sizes[places], np.uint64(0)).astype(np.uint64)
+        if not self.is_colour:
+            wrong = np.flatnonzero(self.image_sizes != np.uint64(fields[0][1].element_size))
+            if len(wrong):
+                raise damaged(reader.file_name, int(wrong[0]), native.REASONS[4])
         self.settings: dict[str, int] = {}
         for number, (name, handler) in enumerate(fields):
             offset = self.rows.dtype.fields[f"f{number}"][1]
@@ -251,8 +261,12 @@ class _Buffers:
             memory = np.empty(wanted, np.uint8)
         # Views keep this array alive and not only the memory, since the memoryview between them is no array.
         taken = np.frombuffer(memory.data[:wanted], np.uint8)
-        weakref.finalize(taken, self._free.append, memory).atexit = False
+        weakref.finalize(taken, self._give_back, memory).atexit = False
         return taken.reshape(shape)
+
+    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+        if len(self._free) < _MOST_FREE:
+            self._free.append(memory)
 
 
 class _Epoch(EpochIterator):
@@ -271,20 +285,34 @@ class _Epoch(EpochIterator):
         # Each is fetched when the one before it is begun.
         begins = [0, *(windows[:-1] // loader.batch_size).tolist()]
         self._to_fetch = deque(zip(begins, np.split(order, windows[1:]), strict=True) if len(windows) else [])
+        self._fetcher = ThreadPoolExecutor(1)  # since asking takes as long as the disk's queue is full
         super().__init__(loader, order)
 
     def _fetch(self, positions: NDArray[np.uint64]) -> None:
         """Asks the system to read these images, in the order of the disk, while others are decoded."""
-        stored, content = self.loader.memory_manager.stored, self.memory_context.mmap.base
+        stored = self.loader.memory_manager.stored
         ordered = np.sort(positions)
-        starts = stored.pointers[ordered].astype(np.int64) // mmap.PAGESIZE * mmap.PAGESIZE
-        ends = (stored.pointers[ordered] + stored.image_sizes[ordered]).astype(np.int64)
-        is_first = np.concatenate([[True], starts[1:] > ends[:-1]])  # neighbours are asked for together
+        starts = stored.pointers[ordered].astype(np.int64)
+        ends = starts + stored.image_sizes[ordered].astype(np.int64)
+        is_inside = (starts >= 0) & (ends <= self.memory_context.mmap.size)  # others are named when they are read
+        starts, ends = starts[is_inside], ends[is_inside]
+        if len(starts) == 0:
+            return
+        is_first = np.concatenate([[True], starts[1:] - ends[:-1] >= mmap.PAGESIZE])  # neighbours are asked for together
         is_last = np.concatenate([is_first[1:], [True]])
-        for start, end in zip(starts[is_first].tolist(), ends[is_last].tolist(), strict=True):
-            content.madvise(mmap.MADV_WILLNEED, start, end - start)
+        self._fetcher.submit(self._advise, list(zip(starts[is_first].tolist(), ends[is_last].tolist(), strict=True)))
+
+    def _advise(self, pieces: list[tuple[int, int]]) -> None:
+        with open(self.loader.fname, "rb") as file:
+            for start, end in pieces:
+                for place in range(start, end, _FETCHED_AT_ONCE):
+                    if self.terminate_event.is_set():
+                        return
+                    os.posix_fadvise(file.fileno(), place, min(_FETCHED_AT_ONCE, end - place), os.POSIX_FADV_WILLNEED)
 
     def run_pipeline(self, number: int, positions: NDArray[np.uint64], *others: Any) -> tuple[Any, ...]:
+        if self.terminate_event.is_set():  # FFCV would look at it only where the queue is full, which `stop` keeps empty
+            raise StopIteration
         while self._to_fetch and self._to_fetch[0][0] <= number:
             self._fetch(self._to_fetch.popleft()[1])
         if self._buffers is None:
@@ -307,6 +335,7 @@ class _Epoch(EpochIterator):
         while self.is_alive():
             with contextlib.suppress(queue.Empty):
                 self.output_queue.get(timeout=_POLL_SECONDS)
+        self._fetcher.shutdown(cancel_futures=True)
         self.close()
 
 
@@ -346,7 +375,7 @@ class BatchReader:
 
     @property
     def pages(self) -> NDArray[np.int64]:
-        """The page of the file that each image lies on, int64 (N,), rising."""
+        """The page of the file that each image lies on, int64 (N,)."""
         return (self._loader.memory_manager.stored.pointers // self.page_size).astype(np.int64)
 
     @property

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dist_gsl.data import writer
 from dist_gsl.data.checking import check, read_layout
 from dist_gsl.data.info import DESCRIPTION, FORMAT_VERSION, DataError, DatasetInfo, SplitInfo, dataset_info
 from dist_gsl.data.sources import ImageKind, Source, in_grey, open_source
@@ -64,7 +65,7 @@ def write(
         grey: colour images are stored as squares in grey with this side in pixels, one channel without loss; the settings above are then
             for nothing. None: in colour.
         on_bad: an image that cannot be used ends the call, or is left out and listed in ``dataset.json``.
-        num_workers: processes that write. The bytes of a file do not depend on it.
+        num_workers: processes that encode; threads where the source is a URI. The bytes of a file do not depend on it.
         progress: called now and then with (what is being done, samples done, samples in total).
 
     Returns:
@@ -153,11 +154,9 @@ def _write_splits(
     layouts, tallies, digests = {}, {}, {}
     try:
         for name, samples in source.splits.items():
-            first = samples[0].image if source.kind is ImageKind.GREY else np.zeros((0, 0))
-            layouts[name] = Layout(
-                channels=source.kind.channels, shape=(first.shape[0], first.shape[1]), num_targets=source.num_targets, encoding=encoding
-            )
-            key = json.dumps([FORMAT_VERSION, settings, name], sort_keys=True)
+            shape = samples.shape() if source.kind is ImageKind.GREY else (0, 0)
+            layouts[name] = Layout(channels=source.kind.channels, shape=shape, num_targets=source.num_targets, encoding=encoding)
+            key = json.dumps([FORMAT_VERSION, writer.VERSION, layouts[name].page_size, settings, name], sort_keys=True)
             digests[name], tallies[name] = write_split(
                 paths[name], samples, layouts[name], key=hashlib.sha256(key.encode()).hexdigest(), num_workers=num_workers,
                 skip_bad=skip_bad, progress=partial(progress, f"writing {name}"),

@@ -33,7 +33,7 @@ class DataConfig:
     """The data of a run."""
 
     source: str = "chars"
-    """Where the images come from: chars, digits, rotated-digits, or KIND:PATH with imagefolder, imagenet, places2, parquet or webdataset."""
+    """Where the images come from: chars, digits, rotated-digits, or KIND:PATH with imagefolder, imagenet, places2, icdar, parquet or webdataset."""
     dir: str | None = None
     """Folder with the written .beton files, or its URI (s3://...), from which each node copies them once. None: written on first use to SOURCE-HASH in DIST_GSL_DATA, or else in ./data."""
     seed: int = 0

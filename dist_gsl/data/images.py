@@ -41,9 +41,12 @@ def decode(content: bytes) -> Decoded:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
             warnings.simplefilter("ignore")  # of metadata that do not matter here
             is_upright = image.getexif().get(_ORIENTATION, 1) == 1
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):  # a camera's MPO begins with a JPEG
                 pixels = native.decode_jpeg(content)
-                return Decoded(pixels if is_upright else _turned(pixels, image), is_upright, image.mode == "L")
+                is_plain = is_upright and image.format == "JPEG"
+                return Decoded(pixels if is_upright else _turned(pixels, image), is_plain, image.mode == "L")
+            if image.format in ("JPEG", "MPO"):
+                native.check_jpeg(content)  # in CMYK, which Pillow decodes whatever is wrong
             upright = image if is_upright else ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)

@@ -3,7 +3,7 @@
 B is the number of samples that this process reads in a step, K the length of a regression target.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -172,7 +172,7 @@ class Loader:
                 self._normalised(levels), torch.from_numpy(targets.copy()).to(self.device), torch.from_numpy(indices.copy()).to(self.device)
             )
 
-    def levels(self) -> Iterator[Batch]:
+    def levels(self) -> Generator[Batch, None, None]:
         """The same batches with the images' levels, uint8 from 0 to 255, as they travel to a device."""
         for levels, targets, indices in self._arrays():
             images = torch.from_numpy(levels if self._is_colour else levels.copy()).to(self.device).permute(0, 3, 1, 2)
@@ -243,6 +243,8 @@ class Loader:
                 raise DataError(
                     f"{self.path} has no field {name!r}, only {', '.join(fields)}: write it with `dist-gsl data write`"
                 )
+        if list(fields)[:3] != ["image", "target", "index"]:
+            raise DataError(f"{self.path} has its fields in another order, {', '.join(fields)}: write it with `dist-gsl data write`")
         wanted = {
             "image": "NDArrayField" if info.channels == 1 else "RGBImageField",
             "target": "NDArrayField" if info.num_targets else "IntField",

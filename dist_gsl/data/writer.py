@@ -19,11 +19,11 @@ import os
 import signal
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -37,6 +37,8 @@ from dist_gsl.data.sources import Samples
 LARGEST_PAGE: Final = 1 << 31
 SMALLEST_SIDE: Final = 8
 """Pixels; a region needs some to be chosen from."""
+VERSION: Final = 2
+"""Of how samples become bytes: what another version began is not gone on with."""
 LARGEST_SIDE: Final = 65_535
 """FFCV stores sides as 16-bit numbers."""
 LARGEST_JPEG: Final = 1 << 25
@@ -204,23 +206,67 @@ def _target_bytes(target: Any) -> bytes:
 
 
 _PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
-_task: tuple[Samples, Layout, bool] | None = None
-"""What this process encodes."""
 
 
-def _begin(samples: Samples, layout: Layout, skip_bad: bool, parent: int) -> None:
-    global _task
-    # Whoever waits for work does not see that nobody is left to give it.
+def _work(commands: Connection, samples: Samples, layout: Layout, skip_bad: bool, parent: int) -> None:
+    """What a process does that was forked to encode: from each (start, stop) it is given to a block, or to what was raised."""
+    # Who gives the work says when it ends: it is killed, with its terminal's Ctrl-C and its own handlers left to its parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    _task = samples, layout, skip_bad
+    while True:
+        start, stop = commands.recv()
+        result: Block | BaseException
+        try:
+            result = encode_block(samples, start, stop, layout=layout, skip_bad=skip_bad)
+        except BaseException as error:
+            result = error
+        commands.send(result)
 
 
-def _encode(start: int, stop: int) -> Block:
-    assert _task is not None
-    samples, layout, skip_bad = _task
-    return encode_block(samples, start, stop, layout=layout, skip_bad=skip_bad)
+class _Processes:
+    """Forked processes that encode spans in turn. Each has a pipe of its own, whose other end no third one holds: one that is killed
+    in the middle of a block is the end of its pipe, and nobody waits for the rest."""
+
+    def __init__(self, samples: Samples, layout: Layout, *, num_workers: int, skip_bad: bool) -> None:
+        context = multiprocessing.get_context("fork")
+        self._workers: list[tuple[Any, Connection]] = []
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, samples, layout, skip_bad, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def encoded(self, spans: Sequence[tuple[int, int]]) -> Generator[Block, None, None]:
+        try:
+            for ahead in range(min(_BLOCKS_AHEAD * len(self._workers), len(spans))):
+                self._pipe(ahead).send(spans[ahead])
+            for number in range(len(spans)):
+                result = self._pipe(number).recv()
+                if isinstance(result, BaseException):
+                    raise result
+                ahead = number + _BLOCKS_AHEAD * len(self._workers)
+                if ahead < len(spans):
+                    self._pipe(ahead).send(spans[ahead])
+                yield result
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError("a process that wrote the data set ended early (was it killed, or out of memory?)") from error
+        finally:
+            for process, pipe in self._workers:
+                process.kill()
+                pipe.close()
+            for process, _ in self._workers:
+                process.join()
+
+    def _pipe(self, number: int) -> Connection:
+        return self._workers[number % len(self._workers)][1]
+
+
+_BLOCKS_AHEAD: Final = 2
+"""Given to each process at most."""
 
 
 def _blocks(
@@ -228,35 +274,26 @@ def _blocks(
 ) -> Generator[Block, None, None]:
     """Blocks from sample `first` on, in order; a bounded number of them is encoded ahead."""
     spans = [(start, min(start + samples.block, len(samples))) for start in range(first, len(samples), samples.block)]
-    if num_workers == 1 or len(spans) == 1:
+    if num_workers == 1 or len(spans) <= 1:
         for start, stop in spans:
             yield encode_block(samples, start, stop, layout=layout, skip_bad=skip_bad)
         return
-    pool: Executor
     if samples.may_fork:
-        pool = ProcessPoolExecutor(
-            num_workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(samples, layout, skip_bad, os.getpid())
-        )
-        encode: Callable[[int, int], Block] = _encode
-    else:
-        pool = ThreadPoolExecutor(num_workers)
-        encode = partial(encode_block, samples, layout=layout, skip_bad=skip_bad)
+        yield from _Processes(samples, layout, num_workers=num_workers, skip_bad=skip_bad).encoded(spans)
+        return
     waiting = deque(spans)
-    try:
-        running = deque(pool.submit(encode, *waiting.popleft()) for _ in range(min(2 * num_workers, len(waiting))))
-        while running:
-            block = running.popleft().result()
-            if waiting:
-                running.append(pool.submit(encode, *waiting.popleft()))
-            yield block
-        pool.shutdown()
-    except BrokenProcessPool as error:
-        raise RuntimeError("a process that wrote the data set ended early (was it killed, or out of memory?)") from error
-    finally:
-        # Nobody waits for what is no longer wanted. Of Python 3.14 on this is `terminate_workers`.
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(num_workers) as pool:
+        encode = partial(encode_block, samples, layout=layout, skip_bad=skip_bad)
+        running = deque(pool.submit(encode, *waiting.popleft()) for _ in range(min(_BLOCKS_AHEAD * num_workers, len(waiting))))
+        try:
+            while running:
+                block = running.popleft().result()
+                if waiting:
+                    running.append(pool.submit(encode, *waiting.popleft()))
+                yield block
+        finally:
+            for future in running:
+                future.cancel()
 
 
 # --- the file

@@ -82,7 +82,8 @@ def make_loader(
 
 
 def data_memory(config: RunConfig, file: Path, state: Mapping[str, Any] | None) -> int | None:
-    """Bytes of a node's memory for the training file, alike in every process; None where the file fits or nothing was set.
+    """Bytes of a node's memory for the training file, alike in every process: what was set, or else half of it; None where nothing
+    was set and the file fits.
 
     A run keeps what was found when it began: the order of its samples follows from it.
     """
@@ -166,8 +167,8 @@ def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
         try:
             with torch.no_grad():
                 model.eval()(torch.zeros(2, shapes.channels, start, start))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # torchvision's networks assert
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"data.start_size: {config.network.name} takes no images of {start} pixels ({reason}); leave it out") from error
     if config.train.init is not None:
         initialise(model, config.train.init)

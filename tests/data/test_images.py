@@ -115,3 +115,13 @@ def test_random_corruptions_are_errors_or_pictures_of_the_size() -> None:
             assert pixels.ndim == 3
     assert refused > 500
     assert quiet > 100
+
+
+@pytest.mark.parametrize("kind", ["MPO", "CMYK"])
+def test_damage_is_found_in_rarer_jpegs_too(kind: str) -> None:
+    good = file(Image.fromarray(photograph).convert("CMYK")) if kind == "CMYK" else file(photograph, "MPO", save_all=True, append_images=[Image.fromarray(photograph[:50])])
+    whole = images.decode(good)
+    assert not whole.is_plain_jpeg
+    assert np.abs(whole.pixels.astype(int) - photograph).mean() < 12
+    with pytest.raises(images.BadImageError):
+        images.decode(good[: len(good) // 3])

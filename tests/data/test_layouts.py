@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torchvision import datasets
 
 from dist_gsl import data, storage
+from dist_gsl.data.images import BadImageError
 from dist_gsl.data.sources import ImageKind, Source, open_source
+from dist_gsl.data.sources.grey import grey_square
 from tests.data import layouts
 from tests.object_store import KEYS, s3
 
@@ -122,6 +125,39 @@ def test_icdar(tmp_path: Path, hdf5: bool) -> None:
     assert found["test"] == sorted(enlarged(1000 + 100 * label + each, label) for label in range(4) for each in range(3))
     assert len(open_source(f"icdar:{root}").splits["val"]) == 2  # a twentieth
     assert len(open_source(f"icdar:{root}", counts={"train": 5, "test": 4}).splits["train"]) == 5
+
+
+@pytest.mark.parametrize("kind", ["share", "bool", "nan", "uint16"])
+def test_levels_of_other_kinds(kind: str) -> None:
+    levels = layouts.character(0)
+    if kind == "share":
+        np.testing.assert_array_equal(grey_square(levels / 255, 32), grey_square(levels, 32))
+    elif kind == "bool":
+        assert set(np.unique(grey_square(levels > 99, 24))) >= {0, 255}
+    else:
+        wrong = levels.astype(float) * np.nan if kind == "nan" else levels.astype(np.uint16) * 200
+        with pytest.raises(BadImageError, match="not from 0 to 255"):
+            grey_square(wrong, 32)
+
+
+def test_icdar_leaves_an_image_of_each_class_for_training(tmp_path: Path) -> None:
+    source = open_source(f"icdar:{layouts.make_icdar(tmp_path / 'one', train=1)}", counts={"val": 1})
+    assert len(source.splits["train"]) == 3  # as asked for
+    few = open_source(f"icdar:{layouts.make_icdar(tmp_path / 'few', train=2)}")
+    assert {int(few.splits["train"][i].target) for i in range(len(few.splits["train"]))} == {0, 1, 2, 3}
+
+
+def test_parquet_with_odd_shards_is_refused_or_read(tmp_path: Path) -> None:
+    root = layouts.make_parquet(tmp_path / "shards")
+    first, second, *_ = sorted((root / "data").glob("train*"))
+    table = pq.read_table(first)
+    pq.write_table(table.slice(0, 0), first)
+    assert len(open_source(f"parquet:{root}").splits["train"]) == 50 - len(table)
+    for labels in (pa.array([1.7] * len(table)), pa.array([None] * len(table), pa.int64()), None):
+        others = table.drop(["label"])
+        pq.write_table(others if labels is None else others.append_column("label", labels), second)
+        with pytest.raises(ValueError, match=rf"{second.name} (needs a column 'label' of whole numbers|has \d+ rows without a class)"):
+            open_source(f"parquet:{root}")
 
 
 def test_icdar_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The loader: exact pixels, the same batches for any world size, batches that stay, threads that end."""
 
+import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -474,3 +476,53 @@ def test_images_grow_with_the_epochs(colour_dir: Path) -> None:
 def test_grey_images_do_not_grow(chars_dir: Path) -> None:
     with pytest.raises(ValueError, match="start_size"):
         Loader(chars_dir / "train.beton", batch_size=8, train=True, sizes=lambda epoch: 16)
+
+
+def test_an_epoch_that_is_left_is_not_read_to_its_end(colour_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dist_gsl.data import _ffcv
+
+    decoded = []
+    run = _ffcv.EpochIterator.run_pipeline
+
+    def slowly(self: Any, number: int, *others: Any) -> Any:
+        decoded.append(number)
+        time.sleep(0.02)
+        return run(self, number, *others)
+
+    monkeypatch.setattr(_ffcv.EpochIterator, "run_pipeline", slowly)
+    batches = Loader(colour_dir / "train.beton", batch_size=1, train=True, size=16).levels()
+    next(batches)
+    batches.close()
+    assert len(decoded) < 10  # of 24: two are ahead and one under way
+
+
+def test_what_is_fetched_is_asked_for_in_small_pieces(paged_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reads only the beginning of a large one."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: asked.append((start, start + size)))
+    loader = quasi_random(paged_dir)
+    list(loader)
+    stored = loader._reader._loader.memory_manager.stored
+    assert max(end - start for start, end in asked) <= 1 << 17
+    covered = np.zeros(int(stored.pointers.max()) + 200_000, bool)
+    for start, end in asked:
+        covered[start:end] = True
+    for start, size in zip(stored.pointers.tolist(), stored.image_sizes.tolist(), strict=True):
+        assert covered[start : start + size].all()
+
+
+@pytest.mark.parametrize("size", [512, 30_000])
+def test_arrays_of_another_size_are_refused(chars_dir: Path, tmp_path: Path, size: int) -> None:
+    from dist_gsl.data import _ffcv
+
+    directory = tmp_path / "copy"
+    shutil.copytree(chars_dir, directory)
+    path = directory / "val.beton"
+    content = bytearray(path.read_bytes())
+    table = np.frombuffer(content, _ffcv.ALLOC_TABLE_TYPE, offset=int(np.frombuffer(content, _ffcv.HeaderType, 1)[0]["alloc_table_ptr"])).copy()
+    table["size"][3] = size
+    content[len(content) - table.nbytes :] = table.tobytes()
+    path.write_bytes(content)
+    for verify in (True, False):
+        with pytest.raises(data.DataError, match=r"image 3 of .* its size is not"):
+            Loader(path, batch_size=4, train=False, verify=verify)

@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,79 @@ def test_a_killed_process_ends_the_writing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(beton, "open_source", open_source)
     data.write("digits", tmp_path, counts=DIGITS)
     assert {path.name for path in tmp_path.iterdir()} == {"train.beton", "val.beton", "test.beton", "dataset.json"}
+
+
+def test_a_process_that_is_killed_while_it_sends_ends_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block that is larger than a pipe, half is there when its process dies."""
+    send = Connection.send
+
+    def killed(self: Connection, obj: Any) -> None:
+        if isinstance(obj, writer.Block) and os.getpid() != parent:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            obj.contents.append(bytes(10_000_000))
+        if isinstance(obj, tuple) and os.getpid() == parent and obj[0] > 0:
+            time.sleep(1.5)  # nobody reads meanwhile
+        send(self, obj)
+
+    parent = os.getpid()
+    monkeypatch.setattr(Connection, "send", killed)
+    patched(monkeypatch, "train", lambda samples: _Fails(samples, OSError, at=99))
+    with pytest.raises(RuntimeError, match="ended early"):
+        data.write("digits", tmp_path, counts=DIGITS, num_workers=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_program_stops(image_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    code = f"""
+import sys, time
+from dist_gsl.cli import main
+from dist_gsl.data.sources.files import FileSamples
+
+read, FileSamples.block = FileSamples.read, 6
+
+def slowly(self, position):
+    print("reading", flush=True)
+    time.sleep(0.5)
+    return read(self, position)
+
+FileSamples.read = slowly
+sys.exit(main(["data", "write", "imagefolder:{image_folder}", {str(out)!r}, "--workers", "2"]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as program:  # fmt: skip
+        assert program.stdout is not None
+        assert program.stderr is not None
+        while program.stdout.readline() != "reading\n":
+            pass
+        time.sleep(0.3)
+        os.killpg(program.pid, number)
+        assert program.wait(timeout=30) != 0
+        printed = program.stderr.read()
+    assert "Traceback" not in printed
+    assert not list(out.glob("*.beton"))
+
+
+def test_grey_images_that_are_bad_are_skipped_from_the_first_on(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "train" / "cat" / "00.jpg").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"00\.jpg cannot be decoded.*--on-bad skip"):
+        data.write(f"imagefolder:{image_folder}", tmp_path / "out", grey=16)
+    data.write(f"imagefolder:{image_folder}", tmp_path / "out", grey=16, on_bad="skip")
+    [skipped] = data.dataset_info(tmp_path / "out").splits["train"].skipped
+    assert skipped.name.endswith("00.jpg")
+
+
+def test_another_versions_beginning_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, "train", lambda samples: _Fails(samples, OSError, at=13))
+    with pytest.raises(OSError, match="went away"):
+        data.write("digits", tmp_path, counts=DIGITS)
+    patched(monkeypatch, "train", lambda samples: _Fails(samples, OSError, at=99))
+    monkeypatch.setattr(writer, "VERSION", writer.VERSION + 1)
+    calls: list[tuple[str, int, int]] = []
+    data.write("digits", tmp_path, counts=DIGITS, progress=lambda *call: calls.append(call))
+    assert calls[0] == ("writing train", 0, 20)
 
 
 def test_a_full_disk_is_said_and_the_rest_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MODULE: Final = "_dist_gsl_decode"
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the functions that this code calls."""
 
 
@@ -80,6 +80,7 @@ def library() -> ctypes.CDLL:
         (found.dist_gsl_normalise, [address, u64, u64, u64, address, i32, address, u64]),
         (found.dist_gsl_region, [address, u64, u32, u32, address]),
         (found.dist_gsl_use_vectors, [i32]),
+        (found.dist_gsl_jpeg_check, [address, u64]),
     ):
         function.argtypes, function.restype = arguments, i32
     return found
@@ -116,6 +117,14 @@ def decode_jpeg(content: bytes) -> NDArray[np.uint8]:
     if status != 0:
         raise ValueError(REASONS[status])
     return pixels
+
+
+def check_jpeg(content: bytes) -> None:
+    """`ValueError` where a JPEG, of whatever colours, is damaged or ends early."""
+    data = np.frombuffer(content, np.uint8)
+    status = library().dist_gsl_jpeg_check(data.ctypes.data, data.size)
+    if status != 0:
+        raise ValueError(REASONS[status])
 
 
 def moments(pixels: NDArray[np.uint8]) -> tuple[list[int], list[int]]:

@@ -33,7 +33,7 @@ namespace {
 enum Status : int32_t { kGood = 0, kOutside = 1, kChecksum = 2, kBadJpeg = 3, kWrongSize = 4, kNotRgb = 5 };
 enum Mode : uint8_t { kJpeg = 0, kRaw = 1 };  // as FFCV numbers them
 
-// How the region of an image is chosen. The same numbers as in `augment.py`.
+// How the region of an image is chosen. The same numbers as in `__init__.py`.
 enum Crop : uint64_t { kCentre = 0, kCropFlip = 1, kRandomResized = 2 };
 
 #pragma pack(push, 1)
@@ -479,7 +479,7 @@ Status copy_one(const File& file, uint64_t sample, const Settings& settings, uin
 extern "C" {
 
 // Changes with the functions below, so that code which calls an older library says so.
-int32_t dist_gsl_decode_version() { return 2; }
+int32_t dist_gsl_decode_version() { return 3; }
 
 // Whether wide vectors are used, where the CPU has them: pixels are the same without. Returns whether they are.
 int32_t dist_gsl_use_vectors(int32_t wanted) {
@@ -637,6 +637,31 @@ int32_t dist_gsl_jpeg(const uint8_t* data, uint64_t num_bytes, uint32_t width, u
     if (const Status status = decode_jpeg(data, num_bytes, row, whole, std::max(width, height), scratch, pixels)) return status;
     std::memcpy(out, scratch.pixels.data(), size_t{3} * width * height);
     return kGood;
+}
+
+// Whether a JPEG, of whatever colours, can be decoded to its end.
+int32_t dist_gsl_jpeg_check(const uint8_t* data, uint64_t num_bytes) {
+    jpeg_decompress_struct info;
+    Failure failure;
+    info.err = handled_by(failure);
+    if (setjmp(failure.jump)) {
+        jpeg_destroy_decompress(&info);
+        return kBadJpeg;
+    }
+    jpeg_create_decompress(&info);
+    jpeg_mem_src(&info, const_cast<uint8_t*>(data), num_bytes);
+    jpeg_read_header(&info, TRUE);
+    info.out_color_space = info.jpeg_color_space;
+    jpeg_start_decompress(&info);
+    // libjpeg's own memory, which it frees however this ends.
+    JSAMPARRAY row = (*info.mem->alloc_sarray)(reinterpret_cast<j_common_ptr>(&info), JPOOL_IMAGE,
+                                               info.output_width * info.output_components, 1);
+    while (info.output_scanline < info.output_height) {
+        if (jpeg_read_scanlines(&info, row, 1) != 1) break;
+    }
+    const bool is_bad = info.err->num_warnings > 0 || info.output_scanline < info.output_height;
+    jpeg_destroy_decompress(&info);
+    return is_bad ? kBadJpeg : kGood;
 }
 
 // The region that would be read of a sample: x, y, width, height, and whether it is mirrored.

@@ -68,6 +68,11 @@ class Samples(ABC):
         except images.BadImageError as error:
             raise ValueError(f"image {self.describe(position)} {error}: repair it or take it out of the folder") from error
 
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of images in grey, all of which are as large."""
+        height, width = self[0].image.shape[:2]
+        return height, width
+
     def describe(self, position: int) -> str:
         """The sample's name in a message to the user."""
         return f"number {position}"

@@ -38,10 +38,10 @@ class Files:
     """
 
     def __init__(self, root: str) -> None:
-        self.is_uri = storage.is_uri(root)
-        self.root = root if self.is_uri else str(Path(root).expanduser().resolve())
         self._descriptors: dict[str, int] = {}
         self._system: tuple[int, Any, str] | None = None
+        self.is_uri = storage.is_uri(root)
+        self.root = root if self.is_uri else str(Path(root).expanduser().resolve())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_descriptors": {}, "_system": None}

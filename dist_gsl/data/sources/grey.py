@@ -24,6 +24,9 @@ class GreySamples(Samples):
         content, target = self.samples.read(position)
         return grey_square(images.decode(content).pixels if isinstance(content, bytes) else content, self.size), target
 
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
     def describe(self, position: int) -> str:
         return self.samples.describe(position)
 
@@ -39,10 +42,18 @@ def in_grey(source: Source, size: int) -> Source:
 
 
 def grey_square(pixels: NDArray[Any], size: int) -> NDArray[np.uint8]:
-    """Levels from 0 to 255, uint8 or float, (H, W) or RGB (H, W, 3), as uint8 (size, size); the whole image, its shape not kept."""
+    """Levels, (H, W) or RGB (H, W, 3), as uint8 (size, size); the whole image, its shape not kept.
+
+    Levels are from 0 to 255; or where none is above 1 and they are no bytes, from 0 to 1. `BadImageError` for others.
+    """
     from PIL import Image
 
-    levels = pixels if pixels.dtype == np.uint8 else np.rint(pixels.clip(0, 255)).astype(np.uint8)
+    levels = pixels
+    if pixels.dtype != np.uint8 and pixels.size:
+        exact = pixels.astype(np.float64)
+        if not (exact >= 0).all() or not (exact <= 255).all():  # what is no number is neither
+            raise images.BadImageError("has levels that are not from 0 to 255")
+        levels = np.rint(exact * (255 if exact.max() <= 1 else 1)).astype(np.uint8)
     if levels.ndim not in (2, 3) or 0 in levels.shape:
         raise images.BadImageError(f"has shape {levels.shape}")
     image = Image.fromarray(np.ascontiguousarray(levels)).convert("L")

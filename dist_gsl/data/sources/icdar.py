@@ -69,7 +69,9 @@ def _divided(released: _Classes, classes: list[str], *, seed: int, num_val: int 
         ends[:] = 1
     for label, name in enumerate(classes):
         count = int(ends[label] - (ends[label - 1] if label else 0))
-        drawn = set(np.random.default_rng([seed, 2, label]).permutation(len(released[name]))[:count].tolist())
+        if num_val is None:
+            count = min(count, len(released[name]) - 1)  # one is left to learn from
+        drawn = set(np.random.default_rng([seed, 2, label]).permutation(len(released[name]))[: max(count, 0)].tolist())
         for number, image in enumerate(released[name]):
             (val if number in drawn else train).append((image, label))
     return train, val
@@ -82,12 +84,14 @@ def _read(files: Files, name: str) -> _Classes:
         file.seek(0)
         try:
             # Two containers go by this name: MATLAB's own, and HDF5 since its version 7.3.
-            found = {label: [grey_square(image, SIZE) for image in images] for label, images in (_hdf5(file) if is_hdf5 else _matlab(file))}
+            found: _Classes = {}
+            for label, images in _hdf5(file) if is_hdf5 else _matlab(file):
+                found.setdefault(label, []).extend(grey_square(image, SIZE) for image in images)
         except Exception as error:  # of two libraries, on what they do not expect
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{files.address(name)} is not a file of the released characters ({reason}): download it again") from error
-    if not found:
-        raise ValueError(f"{files.address(name)} holds no class: download it again")
+    if not any(found.values()):
+        raise ValueError(f"{files.address(name)} holds no image: download it again")
     return found
 
 

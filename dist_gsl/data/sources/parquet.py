@@ -79,7 +79,7 @@ class ParquetSamples(Samples):
                     rows.append(metadata.row_group(group).num_rows)
         self._groups, self._ends = groups, np.cumsum(rows).tolist()
         # A group is decoded from its beginning: who reads a whole one decodes nothing twice.
-        self.block = rows[0] if rows and rows[0] <= 1024 else 4 * _ROWS
+        self.block = rows[0] if rows and 0 < rows[0] <= 1024 else 4 * _ROWS
         self._image, self._label = self._columns()
         self._reading: dict[tuple[int, int], _Reading] = {}  # by process and thread
 
@@ -131,12 +131,19 @@ class ParquetSamples(Samples):
 
     def all_labels(self) -> NDArray[np.int64]:
         """Of every row, of which nothing else is read."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         found = []
         for shard in self.shards:
             with self.files.open(shard) as file:
-                found.append(pq.read_table(file, columns=[self._label])[self._label].to_numpy().astype(np.int64))
+                column = pq.ParquetFile(file).schema_arrow
+                if self._label not in column.names or not pa.types.is_integer(column.field(self._label).type):
+                    raise ValueError(f"{self.files.address(shard)} needs a column {self._label!r} of whole numbers, the classes")
+                labels = pq.ParquetFile(file).read(columns=[self._label])[self._label]
+                if labels.null_count:
+                    raise ValueError(f"{self.files.address(shard)} has {labels.null_count} rows without a class: take them out")
+                found.append(labels.to_numpy().astype(np.int64))
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def class_names(self) -> list[str] | None:

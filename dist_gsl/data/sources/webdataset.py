@@ -6,6 +6,8 @@ with ``NAME.cls``, a number; or ``NAME.json`` with a "label". ``classes.txt``, w
 
 import json
 
+import numpy as np
+
 from dist_gsl.data.sources.base import Samples, Source, check_split_names
 from dist_gsl.data.sources.files import IMAGE_SUFFIXES, Files, Member, TarSamples, members
 from dist_gsl.data.sources.folders import chosen
@@ -29,7 +31,7 @@ def open_webdataset(spec: str, argument: str, seed: int, counts: dict[str, int])
         everything = [(shard, member, label) for shard, samples in enumerate(by_shard) for member, label in samples]
         kept = chosen(len(everything), counts.get(split), seed=seed, number=number, what=f"{split} of {files.address()} holds")
         rows = [everything[i] for i in kept]
-        per_shard = [sum(shard == each for shard, _, _ in rows) for each in range(len(by_shard))]
+        per_shard = np.bincount([shard for shard, _, _ in rows], minlength=len(by_shard)).tolist()
         splits[split] = TarSamples(
             files, [entry.name for entry in shards[split]], per_shard, [member for _, member, _ in rows], [label for _, _, label in rows]
         )
