@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _one_line(error)
         return 1
     except _Terminated:
-        print("dist-gsl: terminated; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        print(f"dist-gsl: terminated; {_how_to_go_on(arguments)}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("dist-gsl: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        print(f"dist-gsl: interrupted; {_how_to_go_on(arguments)}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -57,6 +57,13 @@ def _one_line(error: BaseException) -> None:
     if os.environ.get("DIST_GSL_TRACEBACK"):
         raise error
     print("dist-gsl: error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    command = next(iter(arguments), "")
+    if command in ("train", "tune"):
+        return "`--resume` goes on from the last checkpoint"
+    return "the same command goes on where it was" if command == "data" else "give the same command again"
 
 
 def _run(arguments: list[str], console: Console) -> int:

@@ -22,6 +22,13 @@ def test_counts_are_those_given() -> None:
     assert DataConfig(num_train=5, num_test=2).counts() == {"train": 5, "test": 2}
 
 
+def test_sizes_grow_by_steps_that_networks_halve() -> None:
+    config = DataConfig(start_size=128, full_size_epoch=6)
+    assert [config.train_size(epoch, full=224) for epoch in range(8)] == [128, 128, 160, 160, 192, 192, 224, 224]
+    assert DataConfig(start_size=100, full_size_epoch=2).train_size(1, full=112) == 100
+    assert DataConfig().train_size(0, full=224) == 224
+
+
 def test_importing_needs_no_ffcv() -> None:
     """The mathematics must be usable where ffcv, and what it brings, cannot be installed."""
     blocked = ("ffcv", "numba", "cv2", "sklearn", "matplotlib", "_dist_gsl_decode")

@@ -124,6 +124,8 @@ def test_icdar(tmp_path: Path, hdf5: bool) -> None:
     assert sorted(found["train"] + found["val"]) == sorted(enlarged(100 * label + each, label) for label in range(4) for each in range(10))
     assert found["test"] == sorted(enlarged(1000 + 100 * label + each, label) for label in range(4) for each in range(3))
     assert len(open_source(f"icdar:{root}").splits["val"]) == 2  # a twentieth
+    other = open_source(f"icdar:{root}", counts={"val": 8}, seed=1).splits["val"]
+    assert sorted((other[i].image.tobytes(), int(other[i].target)) for i in range(8)) != found["val"]
     assert len(open_source(f"icdar:{root}", counts={"train": 5, "test": 4}).splits["train"]) == 5
 
 

@@ -379,6 +379,7 @@ def quasi_random(directory: Path, *, memory: int | None = 10**6, rank: int = 0, 
 def test_quasi_random_epochs(paged_dir: Path) -> None:
     loader = quasi_random(paged_dir)
     assert loader.pages_at_once == 1
+    assert quasi_random(paged_dir, memory=9 * 2**20).pages_at_once == 2  # two more are fetched meanwhile
     assert quasi_random(paged_dir, memory=20 * 2**20).pages_at_once is None  # it fits
     pages = loader._reader.pages
     assert len(set(pages.tolist())) == 4

@@ -162,6 +162,8 @@ sys.exit(main(["data", "write", "imagefolder:{image_folder}", {str(out)!r}, "--w
         os.killpg(program.pid, number)
         assert program.wait(timeout=30) != 0
         printed = program.stderr.read()
+    said = "terminated" if number == signal.SIGTERM else "interrupted"
+    assert printed.strip().splitlines()[-1] == f"dist-gsl: {said}; the same command goes on where it was"
     assert "Traceback" not in printed
     assert not list(out.glob("*.beton"))
 
