@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dist_gsl.compaction import set_widths
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
+from dist_gsl.removal import set_widths
 from dist_gsl.tracing import find_neurons
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_gsl.neurons import NeuronLayer, Neurons, Slice
-from dist_gsl.tracing import BatchNorm, Convolution
+from dist_gsl.neurons import Neurons
+from dist_gsl.removal import Removal
 
 TOLERANCE = 1e-9
 """Largest difference that removal may make to an output in float64, relative to the largest output."""
@@ -39,81 +39,6 @@ class Compacted:
     """Largest absolute output seen in that comparison."""
 
 
-class Removal:
-    """Which positions of which tensors go when the dead neurons go."""
-
-    def __init__(self, neurons: Neurons, keep: Mapping[str, Tensor] | None = None) -> None:
-        """keep: {layer name: bool (num_neurons,)}; None: the masks. `ValueError` for a layer that would be empty."""
-        masks = {layer.name: layer.mask for layer in neurons} if keep is None else dict(keep)
-        for name, mask in masks.items():
-            if not mask.any():
-                raise ValueError(f"layer {name!r} has no neuron alive: the network's output would be constant; "
-                                 "train with min_alive=1 or a smaller beta")
-        self._gone: dict[tuple[str, int], list[Tensor]] = {}
-        for name, mask in masks.items():
-            layer = neurons[name]
-            for piece in (*layer.producers, *layer.buffers, *layer.readers):
-                self._gone.setdefault((piece.tensor, piece.dim), []).append(piece.index[~mask].flatten())
-        self._masks = masks
-
-    def tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """A smaller copy; memory format kept. Other dimensions of the tensor may be cut too."""
-        channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        for dim in range(tensor.dim()):
-            if (name, dim) in self._gone:
-                tensor = tensor.index_select(dim, self._kept(name, dim, tensor.shape[dim]).to(tensor.device))
-        return tensor.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-    def tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.tensor(name, tensor) for name, tensor in tensors.items()}
-
-    def neurons(self, neurons: Neurons, model: nn.Module) -> Neurons:
-        """The neurons that remain, bound to the smaller model."""
-        sizes = neurons.model.state_dict(keep_vars=True)  # under all of their names, shared ones too
-
-        def moved(piece: Slice, mask: Tensor) -> Slice:
-            size = sizes[piece.tensor].shape[piece.dim]
-            position = torch.full((size,), -1)
-            kept = self._kept(piece.tensor, piece.dim, size)
-            position[kept] = torch.arange(len(kept))
-            return Slice(piece.tensor, piece.dim, position[piece.index[mask]])
-
-        def smaller(layer: NeuronLayer) -> NeuronLayer:
-            mask = self._masks.get(layer.name, torch.ones(layer.num_neurons, dtype=torch.bool))
-            return replace(
-                layer, mask=layer.mask[mask].clone(), indices=layer.indices[mask].clone(),
-                producers=tuple(moved(piece, mask) for piece in layer.producers),
-                buffers=tuple(moved(piece, mask) for piece in layer.buffers),
-                readers=tuple(moved(piece, mask) for piece in layer.readers),
-            )  # fmt: skip
-
-        return Neurons(model, [smaller(layer) for layer in neurons.all_layers], input_shape=neurons.input_shape)
-
-    def model(self, model: nn.Module) -> nn.Module:
-        """A smaller copy of the model."""
-        smaller = copy.deepcopy(model)
-        for prefix, module in smaller.named_modules():
-            cut = False
-            for store in (module._parameters, module._buffers):
-                for name, tensor in store.items():
-                    full_name = f"{prefix}.{name}" if prefix else name
-                    if tensor is None or not any((full_name, dim) in self._gone for dim in range(tensor.dim())):
-                        continue
-                    data = self.tensor(full_name, tensor.detach())
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    store[name] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
-                    cut = True
-            if cut:
-                _set_sizes(module)
-        return smaller
-
-    def _kept(self, name: str, dim: int, size: int) -> Tensor:
-        kept = torch.ones(size, dtype=torch.bool)
-        for gone in self._gone.get((name, dim), []):
-            kept[gone] = False
-        return kept.nonzero().flatten()
-
-
 def compact(
     model: nn.Module,
     neurons: Neurons,
@@ -128,7 +53,8 @@ def compact(
     """
     removal = Removal(neurons)
     check_dead_are_zero(model, neurons)
-    smaller = removal.model(model)
+    leaves_constants = any(piece.absorber is not None and not layer.mask.all() for layer in neurons for piece in layer.readers)
+    smaller = removal.model(_folded(model, neurons) if leaves_constants else model)
     kept = removal.neurons(neurons, smaller)
     inputs = [] if example_inputs is None else [example_inputs]
     if neurons.input_shape:
@@ -136,11 +62,40 @@ def compact(
         inputs.append(torch.randn((max(2, neurons.input_shape[0]), *neurons.input_shape[1:]), generator=generator))
     if not inputs:
         raise ValueError("compact: no inputs to prove equality on; pass example_inputs")
-    difference, largest = max_difference(model, smaller, inputs)
-    check_difference(difference, largest)
+    # What is folded now, not at death, is proved before it is rounded to the parameters' type.
+    proved = removal.model(_folded(copy.deepcopy(model).double(), neurons)) if leaves_constants else smaller
+    difference, largest = max_difference(model, proved, inputs)
+    if not is_same(difference, largest):
+        raise RuntimeError(
+            f"compact: removing the dead neurons of {_at_fault(model, neurons, inputs)} moves an output by {difference:.3g} where the "
+            f"largest is {largest:.3g} (allowed {TOLERANCE:g} of it). No network was written"
+        )
     state = None if optimizer is None else _cut_optimizer_state(model, optimizer, removal, kept)
     widths = {layer.name: layer.num_neurons for layer in kept.all_layers}
     return Compacted(smaller, kept, state, widths, difference, largest)
+
+
+def _folded(model: nn.Module, neurons: Neurons) -> nn.Module:
+    """A copy with f(0) of the dead neurons in their readers' biases. It is there already unless neurons were masked while they may come
+    back, and folding what reads with weights of 0 changes nothing."""
+    model = copy.deepcopy(model)
+    neurons.bound_to(model).settle_()
+    return model
+
+
+def _at_fault(model: nn.Module, neurons: Neurons, inputs: list[Tensor]) -> str:
+    """The first layer whose removal alone moves an output; for an error's message."""
+    for layer in neurons:
+        if layer.mask.all():
+            continue
+        alone = neurons.bound_to(copy.deepcopy(model).double())
+        for other in alone:
+            if other.name != layer.name:
+                other.mask = torch.ones_like(other.mask)
+        alone.settle_()
+        if not is_same(*max_difference(model, Removal(alone).model(alone.model), inputs)):
+            return f"layer {layer.name!r}"
+    return "several layers together"
 
 
 @torch.no_grad()
@@ -158,12 +113,17 @@ def max_difference(model: nn.Module, other: nn.Module, batches: Iterable[Tensor]
 
 
 def check_difference(difference: float, largest: float) -> None:
-    """`RuntimeError` unless the difference is within 1e-9 of the largest output; what is not finite fails."""
-    if not difference <= TOLERANCE * largest < math.inf:
+    """`RuntimeError` unless `is_same`."""
+    if not is_same(difference, largest):
         raise RuntimeError(
             f"compact: removing the dead neurons moves an output by {difference:.3g} where the largest is "
             f"{largest:.3g} (allowed {TOLERANCE:g} of it). No network was written"
         )
+
+
+def is_same(difference: float, largest: float) -> bool:
+    """Whether the difference is within 1e-9 of the largest output; what is not finite is not."""
+    return difference <= TOLERANCE * largest < math.inf
 
 
 def check_dead_are_zero(model: nn.Module, neurons: Neurons) -> None:
@@ -175,29 +135,6 @@ def check_dead_are_zero(model: nn.Module, neurons: Neurons) -> None:
                     f"compact: {piece.tensor!r} is not 0 for all dead neurons of {layer.name!r}: "
                     "the mask calls a neuron dead that is not. No network was written"
                 )
-
-
-def set_widths(model: nn.Module, neurons: Neurons, indices: Mapping[str, Tensor]) -> tuple[nn.Module, Neurons]:
-    """A network cut to the given neurons of each layer, {layer name: int64 indices}: what a checkpoint loads into."""
-    keep = {}
-    for layer in neurons:
-        keep[layer.name] = torch.zeros(layer.num_neurons, dtype=torch.bool)
-        keep[layer.name][indices[layer.name]] = True
-    removal = Removal(neurons, keep)
-    smaller = removal.model(model)
-    return smaller, removal.neurons(neurons, smaller)
-
-
-def _set_sizes(module: nn.Module) -> None:
-    """Makes a module's size attributes say what its tensors are."""
-    if isinstance(module, Convolution):
-        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, BatchNorm):
-        module.num_features = module.weight.shape[0]
-    else:
-        raise RuntimeError(f"compact: {type(module).__name__} was cut but its size attributes are not known")
 
 
 def _cut_optimizer_state(

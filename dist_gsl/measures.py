@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from dist_gsl.neurons import NeuronLayer, Neurons, Slice
-from dist_gsl.tracing import OUTPUTS
+from dist_gsl.neurons import OUTPUTS, NeuronLayer, Neurons, Slice
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+OUTPUTS = "its neurons are the network's outputs"
+"""Why the last layer is pinned."""
+
+
+class Absorber(NamedTuple):
+    """What takes up f(0) times the weights that read it when a neuron dies: a bias, or a BatchNorm's running mean."""
+
+    tensor: str
+    sign: int
+    """1: added (bias), -1: subtracted (running mean)."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,10 @@ class Slice:
     dim: int
     index: Tensor
     """int64 (num_neurons, k): k = 1 for a filter, height x width for what reads a flattened feature map."""
+    constant: Tensor | None = None
+    """float64, as `index`: what a reader's position multiplies when the neuron is dead, f(0); None: 0."""
+    absorber: Absorber | None = None
+    """Where `constant` goes when the neuron dies."""
     is_block: bool = field(init=False)
     """The positions are one contiguous run in neuron order, so that rows() is a view."""
 
@@ -49,6 +64,16 @@ class Slice:
         if not self.is_block:
             flat = rows if self.index.shape[1] == 1 else rows.flatten(0, 1)
             tensor.movedim(self.dim, 0).index_copy_(0, self.index.flatten().to(tensor.device), flat)
+
+    def absorb_(self, tensor: Tensor, absorber: Tensor, neurons: Tensor) -> None:
+        """Adds what the given neurons (int64 indices) give when they are dead to what takes it up; `clear_` comes after."""
+        assert self.constant is not None
+        assert self.absorber is not None
+        which = self.index[neurons.cpu()].flatten().to(tensor.device)
+        read = tensor.movedim(self.dim, 0).index_select(0, which).double()  # (neurons k, outputs, positions of the filter)
+        constant = self.constant[neurons.cpu()].flatten().to(tensor.device)
+        given = (read.flatten(2).sum(2) if read.dim() > 2 else read) * constant.unsqueeze(1)
+        absorber.copy_(absorber.double() + self.absorber.sign * given.sum(0))
 
     def clear_(self, tensor: Tensor, neurons: Tensor) -> None:
         """Sets to zero what the given neurons (int64 indices) own."""
@@ -79,6 +104,9 @@ class NeuronLayer:
     """bool (num_neurons,): True is alive. Death is this mask, never inferred from zeros."""
     pinned: str | None = None
     """Why these neurons cannot be removed; None: they can."""
+    bypassed: bool = False
+    """A way from the network's input to its output leads around these neurons, so that all of them may die: what is left of a residual
+    branch is a constant then."""
 
     @property
     def num_neurons(self) -> int:
@@ -103,14 +131,21 @@ class Neurons:
     Iterating gives the removable layers. The model is referred to, not copied.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[NeuronLayer], *, input_shape: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Iterable[NeuronLayer], *, input_shape: tuple[int, ...] = (),
+        resizers: Mapping[type[nn.Module], Callable[[nn.Module], None]] | None = None,
+    ) -> None:
         self.model = model
+        self.resizers = dict(resizers or {})
+        """What makes modules of the user's own fit their cut parameters."""
         self.all_layers = list(layers)
         self.input_shape = input_shape
         """Shape of the example input, batch first; what proofs on random inputs use."""
         self._layers = {layer.name: layer for layer in self.all_layers if layer.pinned is None}
         self._parameters = dict(model.named_parameters())
         self._copies: list[Copies] = []
+        self._models: list[Copies] = [lambda: [{**self._parameters, **dict(model.named_buffers())}]]
+        self._readers_of = self._layers_by_reading()
 
     def __iter__(self) -> Iterator[NeuronLayer]:
         return iter(self._layers.values())
@@ -137,15 +172,23 @@ class Neurons:
         """The layer's groups as tensors (num_neurons, ...), one a producing slice; views where the slice is a block."""
         return [piece.rows(self._parameters[piece.tensor]) for piece in layer.producers]
 
-    def register_copy(self, tensors: Copies) -> None:
-        """Adds tensors that mirror the parameters (momentum, moving averages) by name: a death clears them too."""
-        self._copies.append(tensors)
+    def register_copy(self, tensors: Copies, *, is_model: bool = False) -> None:
+        """Adds tensors that mirror the parameters (momentum, moving averages) by name: a death clears them too.
+
+        is_model: they compute outputs as the parameters do (a moving average, not momentum), running statistics included, so that f(0) of
+        the dead is folded into their biases too.
+        """
+        (self._models if is_model else self._copies).append(tensors)
 
     @torch.no_grad()
     def zero_(self, neurons: Mapping[str, Iterable[int] | Tensor]) -> None:
         """Kills neurons, {layer name: indices}: their group, the weights that read them, the same in every registered
         copy and in the gradients; and marks them dead. Nothing brings them back. `IndexError` if there is no such one.
+
+        What a dead neuron still gives where its activation makes a zero something else, f(0), goes into the bias of what read it, so that
+        clearing the weights changes nothing. A layer whose readers are all dead dies with them.
         """
+        emptied = []
         for name, indices in neurons.items():
             layer = self[name]
             which = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), device="cpu")
@@ -155,13 +198,64 @@ class Neurons:
             if len(which) and (int(which.min()) < 0 or int(which.max()) >= layer.num_neurons):
                 raise IndexError(f"layer {name!r} has neurons 0 to {layer.num_neurons - 1}, got {which.tolist()}")
             layer.mask[which] = False
+            which = torch.unique(which)  # or f(0) would be folded twice
+            models = [tensors for copies in self._models for tensors in copies()]
+            for piece in layer.readers:
+                if piece.absorber is not None:
+                    for tensors in models:
+                        piece.absorb_(tensors[piece.tensor], tensors[piece.absorber.tensor], which)
             gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-            everything: list[Mapping[str, Tensor]] = [self._parameters, gradients]
-            everything += [tensors for copies in self._copies for tensors in copies()]
+            everything = [*models, gradients, *(tensors for copies in self._copies for tensors in copies())]
             for tensors in everything:
                 for piece in (*layer.producers, *layer.readers):
                     if piece.tensor in tensors:
                         piece.clear_(tensors[piece.tensor], which)
+            if layer.bypassed and not layer.mask.any():
+                emptied.append(layer)
+        for layer in emptied:
+            for feeder in self._feeders(layer):
+                if feeder.mask.any() and all(not reader.mask.any() for reader in self._readers_of[feeder.name]):
+                    self.zero_({feeder.name: feeder.mask.nonzero().flatten()})
+
+    def settle_(self) -> None:
+        """Makes final what is dead now: neurons that were masked while they might come back leave their f(0) in their readers' biases,
+        and those readers are cleared. What died for good stays as it is."""
+        self.zero_({layer.name: (~layer.mask).nonzero().flatten() for layer in self if not layer.mask.all()})
+
+    def _layers_by_reading(self) -> dict[str, list[NeuronLayer]]:
+        """{layer: the layers that the weights which read it produce}."""
+        producers: dict[str, list[NeuronLayer]] = {}
+        for layer in self.all_layers:
+            for piece in layer.producers:
+                producers.setdefault(piece.tensor, []).append(layer)
+        found = {}
+        for layer in self:
+            reading = {id(r): r for piece in layer.readers for r in producers.get(piece.tensor, [])}
+            found[layer.name] = list(reading.values())
+        return found
+
+    def _feeders(self, layer: NeuronLayer) -> list[NeuronLayer]:
+        """The layers that may all die and that this one reads."""
+        return [other for other in self if other.bypassed and other is not layer and any(r is layer for r in self._readers_of[other.name])]
+
+    def explain(self) -> str:
+        """A table of the layers in forward order: neurons, entries of each one's group, what is tied into it, and why it stays if it does."""
+        rows = [("layer", "neurons", "alive", "entries", "tied", "")]
+        for layer in self.all_layers:
+            tied = [name for name in dict.fromkeys(_module_of(piece.tensor) for piece in layer.producers) if name != layer.name.partition("#")[0]]
+            note = f"stays: {layer.pinned}" if layer.pinned is not None else "may vanish, there is a way around it" if layer.bypassed else ""
+            shown = ", ".join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+            rows.append((layer.name, str(layer.num_neurons), str(int(layer.mask.sum())), str(layer.group_size), shown, note))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        is_number = (False, True, True, True, False)
+        lines = [
+            "  ".join(f"{text:>{width}}" if right else f"{text:<{width}}" for text, width, right in zip(row[:5], widths, is_number, strict=True))
+            + f"  {row[5]}"
+            for row in rows
+        ]
+        removable, total = (sum(layer.num_neurons for layer in layers) for layers in (self, self.all_layers))
+        pinned = f"; {100 * (total - removable) / total:.1f} % stay" if total else ""
+        return "\n".join([*(line.rstrip() for line in lines), f"{removable} of {total} neurons in {len(self)} layers can be removed{pinned}"])
 
     def state_dict(self) -> dict[str, Any]:
         """Mask, indices in the starting network, P_l: tensors and numbers alone, safe for `weights_only` loading."""
@@ -186,4 +280,8 @@ class Neurons:
     def bound_to(self, model: nn.Module) -> Neurons:
         """The same neurons, masks copied, of another model of the same shapes."""
         layers = [replace(layer, mask=layer.mask.clone(), indices=layer.indices.clone()) for layer in self.all_layers]
-        return Neurons(model, layers, input_shape=self.input_shape)
+        return Neurons(model, layers, input_shape=self.input_shape, resizers=self.resizers)
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0] or tensor

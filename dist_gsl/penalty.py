@@ -216,6 +216,9 @@ class PenaltyConfig:
     """True: the paper's plain behaviour, in which a zero neuron may come back. False: dead is dead."""
     min_alive: int = 1
     """Neurons that every layer keeps at least."""
+    depth: bool = True
+    """Layers that a shortcut leads around, as those inside a residual branch, may lose all of their neurons: what is left of the branch is
+    a constant, and the number of layers is learned too. False: they keep `min_alive` as well."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("absolute", "epochs"):

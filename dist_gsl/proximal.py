@@ -28,7 +28,9 @@ class ProximalSGD(torch.optim.Optimizer):
     every N steps (`every=N`), or when `end_epoch()` is called (`every="epoch"`, as in the paper); its t is the sum of
     the learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its
     momentum and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True`
-    it may come back, by its momentum or its gradient, as in the paper. Each layer keeps at least `min_alive` neurons.
+    it may come back, by its momentum or its gradient, as in the paper. Each layer keeps at least `min_alive` neurons; with
+    `depth` those that a way around exists for (`layer.bypassed`, the inside of a residual branch) may lose all of them, so
+    that the number of layers is learned too.
 
     `ValueError` where a neuron's parameters are missing, lie in groups of different learning rates, or are not float32
     or float64.
@@ -47,6 +49,7 @@ class ProximalSGD(torch.optim.Optimizer):
         every: str | int = "step",
         revive: bool = False,
         min_alive: int = 1,
+        depth: bool = True,
     ) -> None:
         if nesterov and momentum <= 0:
             raise ValueError("ProximalSGD: nesterov needs a momentum above 0")
@@ -56,7 +59,7 @@ class ProximalSGD(torch.optim.Optimizer):
         super().__init__(params, defaults)
         check_precision(neurons.model)
         self.neurons, self.penalty = neurons, penalty
-        self.every, self.revive, self.min_alive = every, revive, min_alive
+        self.every, self.revive, self.min_alive, self.depth = every, revive, min_alive, depth
         self.num_steps = 0
         self._since_prox = [0.0] * len(self.param_groups)  # sum of learning rates per parameter group
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -153,10 +156,13 @@ class ProximalSGD(torch.optim.Optimizer):
 
     def prox_(self, layer: NeuronLayer) -> None:
         """The proximal step of one layer; who died is kept for `finish_step`."""
+        if layer.num_neurons == 0:  # a branch that was removed
+            return
         parts = self.neurons.parts(layer)
+        min_alive = 0 if self.depth and layer.bypassed else self.min_alive
         t = self._since_prox[self._layer_groups[layer.name][0]]
         self._proxes[layer.name] = self.penalty.prox_(
-            parts, layer=layer.name, step=self.num_steps - 1, t=t, group_size=layer.group_size, min_alive=self.min_alive
+            parts, layer=layer.name, step=self.num_steps - 1, t=t, group_size=layer.group_size, min_alive=min_alive
         )
         for piece, rows in zip(layer.producers, parts, strict=True):
             piece.write_(self.neurons.parameter(piece.tensor), rows)
@@ -220,7 +226,7 @@ class ProximalSGD(torch.optim.Optimizer):
                     f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is not optimized; "
                     "pass all of the model's parameters"
                 )
-            if not p.requires_grad:
+            if not p.requires_grad and p.numel() > 0:
                 raise ValueError(
                     f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is frozen: "
                     "they could never reach zero; unfreeze it"

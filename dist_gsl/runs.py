@@ -167,6 +167,7 @@ def compact_run(trained: Trained, *, say: Say = _silent) -> tuple[compaction.Com
     """Removes the dead neurons, proves on the whole validation split in float64 that the function is the same, and only
     then writes RUN_DIR/compact/. (the compact network, largest absolute difference on validation)."""
     say("removing the dead neurons")
+    trained.neurons.settle_()  # with penalty.revive some may have been waiting to come back
     compacted = compaction.compact(trained.model, trained.neurons)
     difference = compacted.max_abs_difference
     if trained.has_dead_neurons:

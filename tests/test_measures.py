@@ -154,8 +154,10 @@ def test_shared_convolutions_count_once() -> None:
     for p in model.parameters():
         nn.init.ones_(p)
     neurons = find_neurons(model, torch.randn(2, 2, 12, 12))
-    assert [layer.name for layer in neurons] == ["3"]
+    assert [layer.name for layer in neurons] == ["0", "3"]  # the shared weight ties three convolutions
     neurons.zero_({"3": [1]})
     total = (2 * 9 + 1) * 4 + (4 * 9 + 1) * 4 + 4 + (4 * 9 + 1) * 3 + (3 + 1) * 2
     assert measure(model, neurons).group_param == pytest.approx(100 * 37 / total)
+    neurons.zero_({"0": [2]})
+    assert measure(model, neurons).group_param == pytest.approx(100 * (37 + 2 * 9 + 1 + 4 * 9 + 1 + 1) / total)
     assert math.isfinite(measure(model, neurons).total_induced)

@@ -1,5 +1,6 @@
 """Which neurons are found, in the zoo, in torchvision's networks and in small ones made to be difficult."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -91,13 +92,18 @@ def torchvision_neurons(name: str, **options: object) -> Neurons:
     return find_neurons(model.to_empty(device="cpu"), torch.zeros(1, 3, 224, 224))
 
 
-def test_resnet18_inner_convolutions_are_found_and_residual_ones_pinned() -> None:
+def test_resnet18_has_one_layer_for_each_stream_and_one_inside_each_block() -> None:
     neurons = torchvision_neurons("resnet18")
-    assert [layer.name for layer in neurons] == [f"layer{i}.{j}.conv1" for i in (1, 2, 3, 4) for j in (0, 1)]
-    residual = ["conv1", *(f"layer{i}.{j}.conv2" for i in (1, 2, 3, 4) for j in (0, 1))]
-    residual += [f"layer{i}.0.downsample.0" for i in (2, 3, 4)]
-    assert set(neurons.pinned) == {*residual, "fc"}
-    assert all(neurons.pinned[name].startswith("read by add") for name in residual)
+    inner = [f"layer{i}.{j}.conv1" for i in (1, 2, 3, 4) for j in (0, 1)]
+    streams = {"conv1": 64, "layer2.0.conv2": 128, "layer3.0.conv2": 256, "layer4.0.conv2": 512}
+    assert {layer.name for layer in neurons} == {*inner, *streams}
+    assert list(neurons.pinned) == ["fc"]
+    assert {name: neurons[name].num_neurons for name in streams} == streams
+    tied = {piece.tensor for piece in neurons["layer2.0.conv2"].producers}
+    assert tied == {f"layer2.{m}" for m in ("0.conv2.weight", "1.conv2.weight", "0.downsample.0.weight", "0.bn2.weight", "0.bn2.bias",
+                                             "1.bn2.weight", "1.bn2.bias", "0.downsample.1.weight", "0.downsample.1.bias")}  # fmt: skip
+    assert neurons["layer2.0.conv2"].group_size == 2 * 128 * 9 + 64 + 6
+    assert [layer.name for layer in neurons if layer.bypassed] == inner  # a block may vanish, a stream may not
 
 
 @pytest.mark.parametrize(("name", "num_convs"), [("vgg11_bn", 8), ("alexnet", 5)])
@@ -111,14 +117,17 @@ def test_vgg_and_alexnet_are_whole_chains(name: str, num_convs: int) -> None:
     assert last_conv.readers[0].index.shape == (last_conv.num_neurons, size)
 
 
-def test_mobilenet_v2_has_three_layers_that_no_sum_and_no_group_touches() -> None:
+def test_mobilenet_v2_ties_each_depthwise_convolution_to_the_one_before() -> None:
     neurons = torchvision_neurons("mobilenet_v2")
-    assert [layer.name for layer in neurons] == ["features.1.conv.1", "features.17.conv.2", "features.18.0"]
-    pinned = neurons.pinned
-    assert pinned["features.0.0"] == "read by grouped convolution 'features.1.conv.0.0'"
-    assert pinned["features.1.conv.0.0"] == "grouped convolution"
-    assert pinned["features.2.conv.2"].startswith("read by add")
-    assert len(pinned) == 1 + 17 + 16 + 15 + 1  # stem, depthwise, before depthwise, residual, classes
+    assert list(neurons.pinned) == ["classifier.1"]
+    assert len(neurons) == 25  # 17 inside of blocks (the first is the stem), 7 streams, the last convolution
+    inner = neurons["features.3.conv.0.0"]
+    assert {piece.tensor for piece in inner.producers} == {
+        f"features.3.conv.{m}" for m in ("0.0.weight", "0.1.weight", "0.1.bias", "1.0.weight", "1.1.weight", "1.1.bias")
+    }
+    assert inner.group_size == 24 + 9 + 4
+    # Inside a residual branch: blocks 3, 5, 6, 8 to 10, 12, 13, 15 and 16 add their input.
+    assert [layer.name for layer in neurons if layer.bypassed] == [f"features.{i}.conv.0.0" for i in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)]
 
 
 # --- small networks, each with one thing in the way
@@ -169,21 +178,18 @@ def test_what_keeps_zeros_lets_channels_through(operation: Callable[[Tensor], Te
     assert not operation(model.conv1(torch.randn(2, *IMAGE)))[:, 1].any()
 
 
+PADDED = ", and then by 'conv2', with zeros around it"
 PINNING: dict[str, tuple[Callable[[], Net], dict[str, str]]] = {
-    "sigmoid": (lambda: Net(nn.Sigmoid()), {"conv1": "read by Sigmoid 'between'"}),
-    "softplus": (lambda: Net(F.softplus), {"conv1": "read by softplus (softplus)"}),
-    "sigmoid method": (lambda: Net(lambda x: x.sigmoid()), {"conv1": "read by .sigmoid() (sigmoid)"}),
-    "one more": (lambda: Net(lambda x: x + 1), {"conv1": "read by add (add)"}),
-    "in place": (lambda: Net(lambda x: x.add_(1)), {"conv1": "read by .add_() (add_)"}),
-    "hardtanh above 0": (lambda: Net(nn.Hardtanh(0.5, 1.0)), {"conv1": "read by Hardtanh 'between'"}),
-    "layer norm": (lambda: Net(nn.GroupNorm(2, 4)), {"conv1": "read by GroupNorm 'between'"}),
+    "sigmoid": (lambda: Net(nn.Sigmoid()), {"conv1": "read by Sigmoid 'between', which makes a zero 0.5" + PADDED}),
+    "softplus": (lambda: Net(F.softplus), {"conv1": "read by softplus (softplus), which makes a zero 0.6931" + PADDED}),
+    "sigmoid method": (lambda: Net(lambda x: x.sigmoid()), {"conv1": "read by .sigmoid() (sigmoid), which makes a zero 0.5" + PADDED}),
+    "one more": (lambda: Net(lambda x: x + 1), {"conv1": "read by add (add), which makes a zero 1" + PADDED}),
+    "in place": (lambda: Net(lambda x: x.add_(1)), {"conv1": "read by .add_() (add_), which makes a zero 1" + PADDED}),
+    "hardtanh above 0": (lambda: Net(nn.Hardtanh(0.5, 1.0)), {"conv1": "read by Hardtanh 'between', which makes a zero 0.5" + PADDED}),
+    "layer norm": (lambda: Net(nn.GroupNorm(2, 4)), {"conv1": "read by GroupNorm 'between' at test_tracing.py:LINE"}),
     "plain BatchNorm": (
         lambda: Net(nn.BatchNorm2d(4, affine=False)),
         {"conv1": "BatchNorm 'between' has no scale and shift: it makes a zero channel non-zero"},
-    ),
-    "grouped": (
-        lambda: Net(nn.ReLU(), conv2=nn.Conv2d(4, 4, 3, groups=2)),
-        {"conv1": "read by grouped convolution 'conv2'", "conv2": "grouped convolution"},
     ),
     "parametrized": (
         lambda: Net(nn.ReLU(), conv2=parametrizations.weight_norm(nn.Conv2d(4, 4, 3))),
@@ -196,19 +202,21 @@ PINNING: dict[str, tuple[Callable[[], Net], dict[str, str]]] = {
         lambda: Net(lambda x: F.avg_pool3d(x, 3, 1, 1)), {"conv1": "pooled over its own dimension (avg_pool3d)"},
     ),
     "mean over channels": (
-        lambda: Net(lambda x: x * x.mean(1, keepdim=True)), {"conv1": "read by mean over other dimensions (mean)"},
+        lambda: Net(lambda x: x * x.mean(1, keepdim=True)), {"conv1": "read by .mean() (mean) over other dimensions at test_tracing.py:LINE"},
     ),
-    "view": (lambda: Net(lambda x: x.view(2, 4, 8, 8)), {"conv1": "read by .view() (view)"}),
-    "concatenation": (
-        lambda: Net(lambda x: torch.cat([x, x], 1), conv2=nn.Conv2d(8, 4, 3)), {"conv1": "read by cat (cat)"},
+    "view": (lambda: Net(lambda x: x.view(2, 4, 8, 8)), {"conv1": "read by .view() (view), which fixes their number to 4"}),
+    "a number of channels hidden in a closure": (
+        lambda: Net(lambda x: x * torch.ones(4, 1, 1)), {"conv1": "read by mul (mul) with other values"},
     ),
+    "softmax": (lambda: Net(lambda x: x.softmax(1)), {"conv1": "read by .softmax() (softmax) at test_tracing.py:LINE"}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PINNING)
 def test_what_else_touches_a_channel_pins_it_with_the_reason(case: str) -> None:
     build, reasons = PINNING[case]
-    assert pinned(build()) == reasons
+    found = {name: re.sub(r"(test_tracing.py):\d+", r"\1:LINE", reason) for name, reason in pinned(build()).items()}
+    assert found == reasons
 
 
 def test_a_flatten_that_takes_the_batch_along_pins() -> None:
@@ -228,8 +236,12 @@ class Residual(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_a_residual_sum_pins_both_of_its_sides() -> None:
-    assert pinned(Residual()) == {"conv1": "read by add (add)", "conv3": "read by add (add)"}
+def test_a_residual_sum_ties_its_two_sides() -> None:
+    neurons = find_neurons(Residual(), torch.randn(2, *IMAGE))
+    assert [layer.name for layer in neurons] == ["conv1", "conv2"]
+    assert {piece.tensor for piece in neurons["conv1"].producers} == {"conv1.weight", "conv1.bias", "conv3.weight", "conv3.bias"}
+    assert {piece.tensor for piece in neurons["conv1"].readers} == {"conv2.weight", "fc.weight"}
+    assert (neurons["conv1"].bypassed, neurons["conv2"].bypassed) == (False, True)
 
 
 class Tied(nn.Module):
@@ -251,14 +263,19 @@ class Tied(nn.Module):
         return self.fc4(self.fc3(x))
 
 
-@pytest.mark.parametrize(
-    ("how", "names"),
-    [("module", {"fc1", "fc2"}), ("parameter", {"fc1", "fc2", "fc3"}), ("by hand", {"fc1", "fc2"})],
-)
-def test_shared_weights_are_pinned(how: str, names: set[str]) -> None:
-    reasons = pinned(Tied(how))
-    assert set(reasons) == names
-    assert all("shared" in reason for reason in reasons.values())
+@pytest.mark.parametrize(("how", "layers"), [("module", ["fc1", "fc3"]), ("parameter", ["fc1"])])
+def test_shared_weights_tie_what_they_read_to_what_they_make(how: str, layers: list[str]) -> None:
+    neurons = find_neurons(Tied(how), torch.randn(2, *IMAGE))
+    assert [layer.name for layer in neurons] == layers
+    owned = {piece.tensor for piece in neurons["fc1"].producers}
+    assert {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"} <= owned
+    assert ("fc2.weight", 1) in {(piece.tensor, piece.dim) for piece in neurons["fc1"].readers}
+
+
+def test_a_weight_that_is_used_by_hand_too_is_pinned() -> None:
+    reasons = pinned(Tied("by hand"))
+    assert reasons["fc1"] == "'fc2.weight' is used by hand too (t)"
+    assert reasons["fc2"].startswith("read by linear (linear) at test_tracing.py:")
 
 
 def test_two_readers_of_one_layer_are_both_found() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_gsl import compaction
+from dist_gsl import removal
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import PenaltyConfig, SparseGroupLasso, make_penalty, starting_betas
@@ -89,7 +89,7 @@ def build_network(
         saved = state["optimizer"]["neurons"]
         if set(saved) != {layer.name for layer in neurons}:
             raise ValueError("checkpoint: its layers are not those of the network; was it made by another version?")
-        model, neurons = compaction.set_widths(model, neurons, {name: s["indices"] for name, s in saved.items()})
+        model, neurons = removal.set_widths(model, neurons, {name: s["indices"] for name, s in saved.items()})
         neurons.load_state_dict(saved)
         model.load_state_dict(state["model"])
     return model, neurons
@@ -130,12 +130,13 @@ def build(
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = ProximalSGD(
         model.parameters(), neurons, regulariser, lr=learning_rate(0), momentum=train.momentum, nesterov=train.nesterov,
-        weight_decay=train.weight_decay, every=penalty.interval, revive=penalty.revive, min_alive=penalty.min_alive,
+        weight_decay=train.weight_decay, every=penalty.interval, revive=penalty.revive, min_alive=penalty.min_alive, depth=penalty.depth,
     )  # fmt: skip
     average = None
     if train.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)
-        neurons.register_copy(lambda: [dict(average.module.named_parameters())])
+        averaged = average.module
+        neurons.register_copy(lambda: [{**dict(averaged.named_parameters()), **dict(averaged.named_buffers())}], is_model=True)
     position, history = Position(), []
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])

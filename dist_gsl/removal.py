@@ -1,0 +1,216 @@
+"""Cutting tensors and modules: which positions go when neurons go, and modules that work without any channel.
+
+Tensors are cut by name, whatever they are: parameters, running statistics, momentum, moving averages. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_gsl.neurons import NeuronLayer, Neurons, Slice
+
+Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Removal:
+    """Which positions of which tensors go when the dead neurons go."""
+
+    def __init__(self, neurons: Neurons, keep: Mapping[str, Tensor] | None = None) -> None:
+        """keep: {layer name: bool (num_neurons,)}; None: the masks. `ValueError` for a layer that would be empty."""
+        masks = {layer.name: layer.mask for layer in neurons} if keep is None else dict(keep)
+        for name, mask in masks.items():
+            if not mask.any() and not neurons[name].bypassed:
+                raise ValueError(f"layer {name!r} has no neuron alive: the network's output would be constant; "
+                                 "train with min_alive=1 or a smaller beta")
+        self._gone: dict[tuple[str, int], list[Tensor]] = {}
+        for name, mask in masks.items():
+            layer = neurons[name]
+            for piece in (*layer.producers, *layer.buffers, *layer.readers):
+                self._gone.setdefault((piece.tensor, piece.dim), []).append(piece.index[~mask].flatten())
+        self._masks, self._resizers = masks, neurons.resizers
+        self._first_names = _first_names(neurons.model)
+
+    def tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """A smaller copy; memory format kept. Other dimensions of the tensor may be cut too."""
+        name = self._first_names.get(name, name)
+        channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        for dim in range(tensor.dim()):
+            if (name, dim) in self._gone:
+                tensor = tensor.index_select(dim, self._kept(name, dim, tensor.shape[dim]).to(tensor.device))
+        return tensor.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.tensor(name, tensor) for name, tensor in tensors.items()}
+
+    def neurons(self, neurons: Neurons, model: nn.Module) -> Neurons:
+        """The neurons that remain, bound to the smaller model."""
+        sizes = neurons.model.state_dict(keep_vars=True)  # under all of their names, shared ones too
+
+        def moved(piece: Slice, mask: Tensor) -> Slice:
+            size = sizes[piece.tensor].shape[piece.dim]
+            position = torch.full((size,), -1)
+            kept = self._kept(piece.tensor, piece.dim, size)
+            position[kept] = torch.arange(len(kept))
+            constant = None if piece.constant is None else piece.constant[mask]
+            return Slice(piece.tensor, piece.dim, position[piece.index[mask]], constant, piece.absorber)
+
+        def smaller(layer: NeuronLayer) -> NeuronLayer:
+            mask = self._masks.get(layer.name, torch.ones(layer.num_neurons, dtype=torch.bool))
+            return replace(
+                layer, mask=layer.mask[mask].clone(), indices=layer.indices[mask].clone(),
+                producers=tuple(moved(piece, mask) for piece in layer.producers),
+                buffers=tuple(moved(piece, mask) for piece in layer.buffers),
+                readers=tuple(moved(piece, mask) for piece in layer.readers),
+            )  # fmt: skip
+
+        layers = [smaller(layer) for layer in neurons.all_layers]
+        return Neurons(model, layers, input_shape=neurons.input_shape, resizers=neurons.resizers)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """A smaller copy of the model."""
+        smaller = copy.deepcopy(model)
+        cut: dict[int, Tensor] = {}  # shared tensors stay shared
+        originals = []  # or the number of one that is gone could be another's
+        for prefix, module in smaller.named_modules():
+            is_cut = False
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    full_name = f"{prefix}.{name}" if prefix else name
+                    first = self._first_names.get(full_name, full_name)
+                    if tensor is None or not any((first, dim) in self._gone for dim in range(tensor.dim())):
+                        continue
+                    if id(tensor) not in cut:
+                        data = self.tensor(first, tensor.detach())
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        # One without entries takes no part in a forward pass: DDP would wait for its gradient.
+                        cut[id(tensor)] = nn.Parameter(data, tensor.requires_grad and data.numel() > 0) if is_parameter else data
+                        originals.append(tensor)
+                    store[name] = cut[id(tensor)]
+                    is_cut = True
+            if is_cut:
+                set_sizes(module, self._resizers)
+        return smaller
+
+    def _kept(self, name: str, dim: int, size: int) -> Tensor:
+        kept = torch.ones(size, dtype=torch.bool)
+        for gone in self._gone.get((name, dim), []):
+            kept[gone] = False
+        return kept.nonzero().flatten()
+
+
+def set_widths(model: nn.Module, neurons: Neurons, indices: Mapping[str, Tensor]) -> tuple[nn.Module, Neurons]:
+    """A network cut to the given neurons of each layer, {layer name: int64 indices}: what a checkpoint loads into."""
+    keep = {}
+    for layer in neurons:
+        keep[layer.name] = torch.zeros(layer.num_neurons, dtype=torch.bool)
+        keep[layer.name][indices[layer.name]] = True
+    removal = Removal(neurons, keep)
+    smaller = removal.model(model)
+    return smaller, removal.neurons(neurons, smaller)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """{name of a parameter or buffer: the first name that it has}."""
+    first: dict[int, str] = {}
+    names = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def set_sizes(module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn.Module], None]]) -> None:
+    """Makes a module's size attributes say what its tensors are; one without channels gets the class that can do without."""
+    for kind, resize in resizers.items():
+        if isinstance(module, kind):
+            resize(module)
+            return
+    if isinstance(module, Convolution):
+        if module.groups > 1 and module.weight.shape[1] == 1:  # depthwise: as many groups as channels
+            module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
+        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+        if module.weight.numel() == 0:
+            _become(module, EMPTY_CONVOLUTION)
+    elif isinstance(module, Transposed):
+        module.out_channels, module.in_channels = module.weight.shape[1] * module.groups, module.weight.shape[0]
+        if module.weight.numel() == 0:
+            raise RuntimeError("a transposed convolution cannot be left without channels")
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, BatchNorm):
+        module.num_features = module.weight.shape[0]
+        if module.num_features == 0:
+            _become(module, EMPTY_BATCH_NORM)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.shape[0]
+    elif not any(True for _ in module.children()):
+        raise RuntimeError(f"compact: {type(module).__name__} was cut but its size attributes are not known")
+
+
+def _become(module: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    module.__class__ = next(empty for plain, empty in classes.items() if isinstance(module, plain))
+
+
+class _EmptyConvolution(nn.modules.conv._ConvNd):
+    """A convolution that reads no channel or makes none: what it gives is its bias, in the shape that the input leads to."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = input.new_zeros((input.shape[0], self.out_channels, *self._spatial(input.shape[2:])))
+        return output if self.bias is None else output + self.bias.view(-1, *[1] * len(self.kernel_size))
+
+    def _spatial(self, sizes: Sequence[int]) -> list[int]:
+        if self.padding == "same":
+            return list(sizes)
+        padding: Sequence[Any] = [0] * len(sizes) if self.padding == "valid" else self.padding
+        return [
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(sizes, padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        ]
+
+
+class EmptyConv1d(_EmptyConvolution, nn.Conv1d):
+    pass
+
+
+class EmptyConv2d(_EmptyConvolution, nn.Conv2d):
+    pass
+
+
+class EmptyConv3d(_EmptyConvolution, nn.Conv3d):
+    pass
+
+
+class _EmptyBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Of no channel: gives what it gets."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class EmptyBatchNorm1d(_EmptyBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class EmptyBatchNorm2d(_EmptyBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+class EmptyBatchNorm3d(_EmptyBatchNorm, nn.BatchNorm3d):
+    pass
+
+
+class EmptySyncBatchNorm(_EmptyBatchNorm, nn.SyncBatchNorm):
+    pass
+
+
+EMPTY_CONVOLUTION: dict[type[nn.Module], type[nn.Module]] = {nn.Conv1d: EmptyConv1d, nn.Conv2d: EmptyConv2d, nn.Conv3d: EmptyConv3d}
+EMPTY_BATCH_NORM: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: EmptyBatchNorm1d, nn.BatchNorm2d: EmptyBatchNorm2d, nn.BatchNorm3d: EmptyBatchNorm3d, nn.SyncBatchNorm: EmptySyncBatchNorm,
+}  # fmt: skip

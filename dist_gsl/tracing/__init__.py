@@ -1,0 +1,156 @@
+"""Finding the neurons of a network: every channel is followed from what produces it to what reads it. Imports torch alone."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dist_gsl.neurons import OUTPUTS, NeuronLayer, Neurons
+from dist_gsl.removal import Removal
+from dist_gsl.tracing.bypass import with_bypasses
+from dist_gsl.tracing.grouping import layers_of
+from dist_gsl.tracing.tracer import ModuleRule, Tracer
+
+__all__ = ["OUTPUTS", "ModuleRule", "check_precision", "find_neurons"]
+
+
+def find_neurons(model: nn.Module, example_inputs: Tensor, *, rules: Mapping[type[nn.Module], ModuleRule] | None = None) -> Neurons:
+    """The neurons of a model, found by following it symbolically; the model is left as it is.
+
+    example_inputs: one batch of the shape that the model takes; its values are not read. Call it before DDP wraps the model.
+    rules: for modules that tracing cannot see through, `{MyModule: ModuleRule(...)}`; any other that is not understood pins the
+    neurons which it reads. `neurons.explain()` tells what was found.
+
+    `ValueError`, naming the operation and the line, if the model cannot be traced or does not take the inputs, or holds parameters in
+    bfloat16 or float16 (a shrink of 0.1 % rounds away there for ever).
+    """
+    check_precision(model)
+    rules = dict(rules or {})
+    outline = _outline(model)
+    tracer = _FxTracer(tuple(rules))
+    try:
+        graph = fx.GraphModule(outline, tracer.trace(outline))
+        for name, constant in graph._buffers.items():  # made in forward, or held by it
+            if constant is not None and constant.device.type != "meta":
+                graph._buffers[name] = constant.to("meta")
+    except Exception as error:
+        raise ValueError(
+            f"find_neurons: {type(model).__name__} cannot be traced by torch.fx ({_first_line(error)}{_where(error)}); make its control flow "
+            "independent of values, or give a rule for the module that holds it (rules={Module: ModuleRule(...)})"
+        ) from error
+    results = _results(graph, model, example_inputs)
+    trace = Tracer(outline, graph, results, rules)
+    trace.run()
+    layers = with_bypasses(trace, layers_of(trace, dict(outline.named_parameters(remove_duplicate=False))))
+    resizers = {kind: rule.resize for kind, rule in rules.items() if rule.resize is not None}
+    shape = tuple(example_inputs.shape)
+    layers = _tried(Neurons(outline, layers, input_shape=shape, resizers=resizers), example_inputs)
+    return Neurons(model, layers, input_shape=shape, resizers=resizers)
+
+
+def check_precision(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}: a shrink of 0.1 % rounds away there for ever; "
+                "keep parameters in float32 and use autocast for speed"
+            )
+
+
+class _FxTracer(fx.Tracer):
+    """Modules with a rule stay whole; every node knows its line."""
+
+    def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self._leaves = leaves
+        self.record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _outline(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors have shapes and no contents: what follows it costs next to nothing."""
+    contents: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values(), *(v for v in vars(module).values() if isinstance(v, Tensor))]:
+            if tensor is not None and id(tensor) not in contents:
+                empty = torch.empty_like(tensor, device="meta")
+                contents[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, contents).eval()
+
+
+def _results(graph: fx.GraphModule, model: nn.Module, example_inputs: Tensor) -> dict[fx.Node, Any]:
+    """What each node gives: a tensor without contents, a number, a shape."""
+    found: dict[fx.Node, Any] = {}
+
+    class Kept(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            found[n] = result = super().run_node(n)
+            return result
+
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            Kept(graph, garbage_collect_values=False).run(torch.empty_like(example_inputs, device="meta"))
+    except Exception as error:
+        raise ValueError(
+            f"find_neurons: {type(model).__name__} does not take example_inputs of shape {tuple(example_inputs.shape)} "
+            f"and {example_inputs.dtype}: {_first_line(error)}"
+        ) from error
+    return found
+
+
+def _tried(neurons: Neurons, example_inputs: Tensor) -> list[NeuronLayer]:
+    """The layers, those pinned without which the network does not run: a size may be fixed in its code where tracing does not see it."""
+    layers = neurons.all_layers
+    x = torch.empty_like(example_inputs, device="meta")
+
+    def error_without(few: list[NeuronLayer], count: int | None) -> str | None:
+        """What running fails with where each of these layers has lost `count` neurons, or all."""
+        keep = {layer.name: torch.ones(layer.num_neurons, dtype=torch.bool) for layer in layers if layer.pinned is None}
+        for layer in few:
+            keep[layer.name][: layer.num_neurons if count is None else count] = False
+        try:
+            smaller = Removal(neurons, keep).model(neurons.model)
+            with torch.no_grad(), torch.device("meta"):
+                smaller(x)
+        except Exception as error:  # whatever a network of the user's own raises
+            return f"{_first_line(error)}{_where(error)}"
+        return None
+
+    def failing(few: list[NeuronLayer], count: int | None) -> dict[str, str]:
+        """{layer: error}, by halves."""
+        error = error_without(few, count) if few else None
+        if error is None:
+            return {}
+        if len(few) == 1:
+            return {few[0].name: error}
+        middle = len(few) // 2
+        return {**failing(few[:middle], count), **failing(few[middle:], count)}
+
+    some = [layer for layer in layers if layer.pinned is None and layer.num_neurons > 1]
+    fixed = failing(some, 1)
+    layers = [replace(x, pinned=f"the network does not run without one of them: {fixed[x.name]}") if x.name in fixed else x for x in layers]
+    neurons = Neurons(neurons.model, layers, input_shape=neurons.input_shape, resizers=neurons.resizers)
+    empty = failing([layer for layer in neurons if layer.bypassed], None)
+    return [replace(layer, bypassed=layer.bypassed and layer.name not in empty and layer.pinned is None) for layer in layers]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _where(error: BaseException) -> str:
+    """The line of the network's own code at which it was raised."""
+    import torch as library
+
+    inside = library.__path__[0]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((inside, "<", __file__))]
+    return f", {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
