@@ -2,7 +2,8 @@
 
 `architecture.json`: the network's name and arguments, its widths, which neurons of the starting network it kept, its
 classes and preprocessing. `weights.safetensors`: its parameters and running statistics. `model.pt2`: the network with
-its weights as a torch.export program, any batch size, which loads with torch alone.
+its weights as a torch.export program, any batch size, which loads with torch alone. `model.onnx`: the same for
+onnxruntime; input `images`, output `outputs`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -29,7 +31,7 @@ from dist_gsl.tracing import find_neurons
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ARCHITECTURE, WEIGHTS, PROGRAM = "architecture.json", "weights.safetensors", "model.pt2"
+ARCHITECTURE, WEIGHTS, PROGRAM, ONNX = "architecture.json", "weights.safetensors", "model.pt2", "model.onnx"
 FORMAT_VERSION = 1
 CLASSIFICATION, REGRESSION = "classification", "regression"
 _REMEDY = "write it with `dist-gsl compact RUN_DIR`"
@@ -80,6 +82,8 @@ class Architecture:
     """Neurons of each layer, those included that cannot be removed."""
     indices: dict[str, list[int]]
     """The neurons of the starting network that each layer kept."""
+    masked: dict[str, list[int]] = field(default_factory=dict)
+    """Of those the dead ones, all zero, that round a layer's width up; a layer without any is left out."""
     classes: list[str]
     """Class names by output; for regression empty, or a name for each output."""
     preprocessing: Preprocessing
@@ -160,6 +164,7 @@ def save_compact(
         network={**network, "pretrained": False},  # the weights are in the folder
         widths={layer.name: layer.num_neurons for layer in neurons.all_layers},
         indices={layer.name: layer.indices.tolist() for layer in neurons},
+        masked={layer.name: layer.indices[~layer.mask].tolist() for layer in neurons if not layer.mask.all()},
         classes=list(classes),
         preprocessing=Preprocessing.from_dict(image),
         versions={"dist_gsl": __version__, "torch": str(torch.__version__)},
@@ -169,7 +174,7 @@ def save_compact(
     with _replaced(directory) as new:
         (new / ARCHITECTURE).write_text(architecture.to_json(), encoding="utf-8")
         _save_weights(model, new / WEIGHTS)
-        _save_program(model, new / PROGRAM, example=_example(architecture.preprocessing))
+        _save_programs(model, new, example=_example(architecture.preprocessing))
 
 
 def load_architecture(path: str | Path) -> Architecture:
@@ -187,8 +192,14 @@ def load(path: str | Path) -> nn.Module:
     """The compact network of a folder that training wrote, on the CPU, in evaluation mode.
 
     path: RUN_DIR/compact, or RUN_DIR. `ValueError` where a file is missing, is not one of ours, or does not fit the
-    others. The global random state is left as it is.
+    others. The global random state is left as it is. `load_with_neurons` gives what going on with the penalty needs too.
     """
+    return load_with_neurons(path)[0]
+
+
+def load_with_neurons(path: str | Path) -> tuple[nn.Module, Neurons]:
+    """`load`, and the network's neurons with the group sizes and numbers that they had in the starting network: what
+    `ProximalSGD` takes to train it on."""
     architecture = load_architecture(path)
     file = _folder(path) / WEIGHTS
     weights = _load_weights(file)
@@ -200,14 +211,16 @@ def load(path: str | Path) -> nn.Module:
             model.transform_input = architecture.transform_input  # type: ignore[assignment]
         neurons = find_neurons(model, _example(preprocessing))
         kept = {name: torch.tensor(indices, dtype=torch.int64) for name, indices in architecture.indices.items()}
-        model, _ = set_widths(model, neurons, kept)
+        model, neurons = set_widths(model, neurons, kept)
+        for name, indices in architecture.masked.items():
+            neurons[name].mask &= ~torch.isin(neurons[name].indices, torch.tensor(indices, dtype=torch.int64))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
             f"{_folder(path) / ARCHITECTURE} does not fit the network it names ({_line(error)}): {_REMEDY}"
         ) from error
     _check_weights(weights, model.state_dict(), file)
     model.load_state_dict(weights)
-    return model.eval()
+    return model.eval(), neurons
 
 
 def classify(
@@ -339,15 +352,28 @@ def _check_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], f
             )
 
 
-def _save_program(model: nn.Module, file: Path, *, example: Tensor) -> None:
+def _save_programs(model: nn.Module, directory: Path, *, example: Tensor) -> None:
+    """As programs for torch and for onnxruntime; one that cannot be made is left out, with a warning."""
+    network = type(model).__name__
     try:
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises types of its own for what it cannot follow
-        network = type(model).__name__
-        _log.warning("%s is left out: torch.export cannot follow %s (%s)", file.name, network, _line(error))
+        _log.warning("%s and %s are left out: torch.export cannot follow %s (%s)", PROGRAM, ONNX, network, _line(error))
         return
-    torch.export.save(program, file)
+    torch.export.save(program, directory / PROGRAM)
+    try:
+        _save_onnx(program, directory / ONNX)
+    except Exception as error:  # the exporter and its libraries raise types of their own
+        _log.warning("%s is left out: it cannot be made of %s (%s)", ONNX, network, _line(error))
+
+
+def _save_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        exported = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["outputs"], verbose=False)
+    assert exported is not None
+    exported.save(file, external_data=False)
 
 
 def _line(error: BaseException) -> str:

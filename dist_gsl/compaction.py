@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_gsl.neurons import Neurons
-from dist_gsl.removal import Removal
+from dist_gsl.removal import Removal, copied
 
 TOLERANCE = 1e-9
 """Largest difference that removal may make to an output in float64, relative to the largest output."""
@@ -44,14 +44,21 @@ def compact(
     neurons: Neurons,
     optimizer: torch.optim.Optimizer | None = None,
     example_inputs: Tensor | None = None,
+    *,
+    multiple_of: int = 1,
 ) -> Compacted:
     """Removes the dead neurons and every weight that read them, and proves that the function is the same.
 
     The proof: every parameter of a dead neuron is 0; and in float64, in evaluation mode, on random inputs and on
     `example_inputs`, no output differs by more than 1e-9 of the largest one. `RuntimeError` where that fails or an
     output is not finite; `ValueError` where a layer would be left empty. What is given is left as it is.
+
+    multiple_of: keeps so many dead neurons, all zero, that widths are multiples of it, as tensor cores like them (8 for
+    float16); they stay masked, count as dead and never come back.
     """
-    removal = Removal(neurons)
+    if multiple_of < 1:
+        raise ValueError(f"compact: multiple_of is {multiple_of}, must be 1 or more")
+    removal = Removal(neurons, multiple_of=multiple_of)
     check_dead_are_zero(model, neurons)
     leaves_constants = any(piece.absorber is not None and not layer.mask.all() for layer in neurons for piece in layer.readers)
     smaller = removal.model(_folded(model, neurons) if leaves_constants else model)
@@ -63,7 +70,7 @@ def compact(
     if not inputs:
         raise ValueError("compact: no inputs to prove equality on; pass example_inputs")
     # What is folded now, not at death, is proved before it is rounded to the parameters' type.
-    proved = removal.model(_folded(copy.deepcopy(model).double(), neurons)) if leaves_constants else smaller
+    proved = removal.model(_folded(in_float64(model), neurons)) if leaves_constants else smaller
     difference, largest = max_difference(model, proved, inputs)
     if not is_same(difference, largest):
         raise RuntimeError(
@@ -73,6 +80,11 @@ def compact(
     state = None if optimizer is None else _cut_optimizer_state(model, optimizer, removal, kept)
     widths = {layer.name: layer.num_neurons for layer in kept.all_layers}
     return Compacted(smaller, kept, state, widths, difference, largest)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy with its floating-point tensors in float64."""
+    return copied(model, lambda _, t: t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.detach().clone())
 
 
 def _folded(model: nn.Module, neurons: Neurons) -> nn.Module:
@@ -88,7 +100,7 @@ def _at_fault(model: nn.Module, neurons: Neurons, inputs: list[Tensor]) -> str:
     for layer in neurons:
         if layer.mask.all():
             continue
-        alone = neurons.bound_to(copy.deepcopy(model).double())
+        alone = neurons.bound_to(in_float64(model))
         for other in alone:
             if other.name != layer.name:
                 other.mask = torch.ones_like(other.mask)
@@ -102,7 +114,7 @@ def _at_fault(model: nn.Module, neurons: Neurons, inputs: list[Tensor]) -> str:
 def max_difference(model: nn.Module, other: nn.Module, batches: Iterable[Tensor]) -> tuple[float, float]:
     """(largest absolute difference, largest absolute output) of two models in float64, evaluation mode, on copies."""
     device = next(model.parameters()).device
-    a, b = (copy.deepcopy(m).double().eval() for m in (model, other))
+    a, b = (in_float64(m).eval() for m in (model, other))
     difference, largest = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for batch in batches:
         x = batch.to(device, torch.float64)

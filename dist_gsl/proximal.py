@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_gsl.neurons import NeuronLayer, Neurons
+from dist_gsl.neurons import NeuronLayer, Neurons, Slice
 from dist_gsl.penalty import Prox, SparseGroupLasso, row_norms
 from dist_gsl.tracing import check_precision
 
@@ -64,6 +64,11 @@ class ProximalSGD(torch.optim.Optimizer):
         self._since_prox = [0.0] * len(self.param_groups)  # sum of learning rates per parameter group
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self._layer_groups = {layer.name: self._groups_of(layer) for layer in neurons}
+        self._reading: dict[Tensor, list[tuple[NeuronLayer, Slice]]] = {}
+        for layer in neurons:
+            for piece in layer.readers:
+                if piece.absorber is not None:
+                    self._reading.setdefault(neurons.parameter(piece.tensor), []).append((layer, piece))
         self._proxes: dict[str, Prox] = {}
         self._warned: set[str] = set()
         self._backward: _InBackward | None = None
@@ -143,6 +148,7 @@ class ProximalSGD(torch.optim.Optimizer):
 
     def update_(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """torch.optim.SGD's update of one parameter, in place."""
+        self.mask_gradient_(p, grad)
         if group["weight_decay"]:
             grad = grad.add(p, alpha=group["weight_decay"])
         if group["momentum"]:
@@ -153,6 +159,13 @@ class ProximalSGD(torch.optim.Optimizer):
                 buffer.mul_(group["momentum"]).add_(grad)
             grad = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
         p.add_(grad, alpha=-group["lr"])
+
+    def mask_gradient_(self, p: Tensor, grad: Tensor) -> None:
+        """Clears the gradient of weights that read the dead, in place: it is zero by itself but where the dead give f(0) != 0."""
+        if not self.revive:
+            for layer, piece in self._reading.get(p, ()):
+                if not layer.mask.all():
+                    piece.clear_(grad, (~layer.mask).nonzero().flatten())
 
     def prox_(self, layer: NeuronLayer) -> None:
         """The proximal step of one layer; who died is kept for `finish_step`."""
@@ -348,6 +361,9 @@ class _InBackward:
                 self.scaler.unscale_(optimizer)
             if self.max_grad_norm is not None:
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                for p in parameters:
+                    if p.grad is not None:
+                        optimizer.mask_gradient_(p, p.grad)
                 torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
             if self.scaler is not None:
                 self.scaler.step(optimizer)

@@ -23,9 +23,10 @@ BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class Removal:
     """Which positions of which tensors go when the dead neurons go."""
 
-    def __init__(self, neurons: Neurons, keep: Mapping[str, Tensor] | None = None) -> None:
-        """keep: {layer name: bool (num_neurons,)}; None: the masks. `ValueError` for a layer that would be empty."""
-        masks = {layer.name: layer.mask for layer in neurons} if keep is None else dict(keep)
+    def __init__(self, neurons: Neurons, keep: Mapping[str, Tensor] | None = None, *, multiple_of: int = 1) -> None:
+        """keep: {layer name: bool (num_neurons,)}; None: the masks, with so many of the dead that widths are multiples of `multiple_of`
+        where there are enough. `ValueError` for a layer that would be empty."""
+        masks = {layer.name: _padded(layer.mask, multiple_of) for layer in neurons} if keep is None else dict(keep)
         for name, mask in masks.items():
             if not mask.any() and not neurons[name].bypassed:
                 raise ValueError(f"layer {name!r} has no neuron alive: the network's output would be constant; "
@@ -76,26 +77,15 @@ class Removal:
 
     def model(self, model: nn.Module) -> nn.Module:
         """A smaller copy of the model."""
-        smaller = copy.deepcopy(model)
-        cut: dict[int, Tensor] = {}  # shared tensors stay shared
-        originals = []  # or the number of one that is gone could be another's
+        affected = {name for name, _ in self._gone}
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            return self.tensor(name, tensor.detach()) if name in affected else tensor.detach().clone()
+
+        smaller = copied(model, cut)
         for prefix, module in smaller.named_modules():
-            is_cut = False
-            for store in (module._parameters, module._buffers):
-                for name, tensor in store.items():
-                    full_name = f"{prefix}.{name}" if prefix else name
-                    first = self._first_names.get(full_name, full_name)
-                    if tensor is None or not any((first, dim) in self._gone for dim in range(tensor.dim())):
-                        continue
-                    if id(tensor) not in cut:
-                        data = self.tensor(first, tensor.detach())
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        # One without entries takes no part in a forward pass: DDP would wait for its gradient.
-                        cut[id(tensor)] = nn.Parameter(data, tensor.requires_grad and data.numel() > 0) if is_parameter else data
-                        originals.append(tensor)
-                    store[name] = cut[id(tensor)]
-                    is_cut = True
-            if is_cut:
+            names = [f"{prefix}.{name}" if prefix else name for store in (module._parameters, module._buffers) for name in store]
+            if any(self._first_names.get(name, name) in affected for name in names):
                 set_sizes(module, self._resizers)
         return smaller
 
@@ -104,6 +94,14 @@ class Removal:
         for gone in self._gone.get((name, dim), []):
             kept[gone] = False
         return kept.nonzero().flatten()
+
+
+def _padded(mask: Tensor, multiple_of: int) -> Tensor:
+    """The mask with the first dead neurons kept, up to the next multiple; none where none is alive."""
+    missing = -int(mask.sum()) % multiple_of
+    kept = mask.clone()
+    kept[(~mask).nonzero().flatten()[:missing]] = True
+    return kept
 
 
 def set_widths(model: nn.Module, neurons: Neurons, indices: Mapping[str, Tensor]) -> tuple[nn.Module, Neurons]:
@@ -117,6 +115,21 @@ def set_widths(model: nn.Module, neurons: Neurons, indices: Mapping[str, Tensor]
     return smaller, removal.neurons(neurons, smaller)
 
 
+def copied(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """A copy of a model with what `change` makes of each of its tensors; those that are shared stay shared, and none is copied twice.
+
+    change: (name, tensor) -> tensor. A parameter of no entries takes no gradient: no forward pass has it, and DDP would wait.
+    """
+    changed: dict[int, Any] = {}
+    held = ((f"{prefix}.{name}", value) for prefix, module in model.named_modules() for name, value in vars(module).items())
+    plain = [(name, value) for name, value in held if isinstance(value, Tensor)]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *plain]:
+        new = change(name, tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        changed[id(tensor)] = nn.Parameter(new, tensor.requires_grad and new.numel() > 0) if is_parameter else new
+    return copy.deepcopy(model, changed)
+
+
 def _first_names(model: nn.Module) -> dict[str, str]:
     """{name of a parameter or buffer: the first name that it has}."""
     first: dict[int, str] = {}
@@ -127,7 +140,8 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 def set_sizes(module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn.Module], None]]) -> None:
-    """Makes a module's size attributes say what its tensors are; one without channels gets the class that can do without."""
+    """Makes a module's size attributes say what its tensors are; one without channels gets the class that can do without. A module that
+    only holds parameters has none."""
     for kind, resize in resizers.items():
         if isinstance(module, kind):
             resize(module)
@@ -150,8 +164,6 @@ def set_sizes(module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn
             _become(module, EMPTY_BATCH_NORM)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]
-    elif not any(True for _ in module.children()):
-        raise RuntimeError(f"compact: {type(module).__name__} was cut but its size attributes are not known")
 
 
 def _become(module: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:

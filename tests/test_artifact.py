@@ -1,5 +1,6 @@
 """The compact folder: what is written is what is read, and nothing is ever half written."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -103,6 +104,69 @@ def test_program_runs_with_torch_alone_at_any_batch_size(written: tuple[Path, di
     subprocess.run([sys.executable, "-c", code, str(run / "compact" / "model.pt2")], check=True, cwd="/")
 
 
+def test_onnx_runs_with_onnxruntime_alone_at_any_batch_size(written: tuple[Path, dist_gsl.Compacted], tmp_path: Path) -> None:
+    run, result = written
+    code = (
+        "import sys, numpy, onnxruntime\n"
+        "session = onnxruntime.InferenceSession(sys.argv[1])\n"
+        "images = numpy.load(sys.argv[2])\n"
+        "outputs = [session.run(['outputs'], {'images': images[:n]})[0] for n in (1, 2, 7)]\n"
+        "assert 'torch' not in sys.modules\n"
+        "numpy.savez(sys.argv[3], *outputs)\n"
+    )
+    images = torch.randn(7, 1, 32, 32)
+    np.save(tmp_path / "images.npy", images.numpy())
+    files = [str(run / "compact" / "model.onnx"), str(tmp_path / "images.npy"), str(tmp_path / "outputs.npz")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, cwd="/")
+    with torch.no_grad():
+        expected = result.model.eval()(images)
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        for n, got in zip((1, 2, 7), outputs.values(), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), expected[:n], rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_is_loaded_goes_on_training(written: tuple[Path, dist_gsl.Compacted]) -> None:
+    run, result = written
+    model, neurons = dist_gsl.load_with_neurons(run)
+    for layer, before in zip(neurons, result.neurons, strict=True):
+        assert (layer.group_size, layer.starting_neurons) == (before.group_size, before.starting_neurons)
+        assert torch.equal(layer.indices, before.indices)
+    original = copy.deepcopy(result.model)
+    models = [(model, neurons), (original, result.neurons.bound_to(original))]
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(4, 1, 32, 32, generator=generator)
+    for each, its in models:
+        each.train()
+        optimizer = dist_gsl.ProximalSGD(each.parameters(), its, dist_gsl.SparseGroupLasso(beta=0.01), lr=0.05)
+        each(batch).square().sum().backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_widths_are_rounded_up_by_neurons_that_stay_dead(tmp_path: Path) -> None:
+    model, example = tiny("dec3", batch_norm=True)
+    neurons = dist_gsl.find_neurons(model, example)
+    neurons.zero_({layer.name: range(1, layer.num_neurons) for layer in neurons})
+    result = dist_gsl.compact(model, neurons, multiple_of=3)
+    assert {layer.num_neurons for layer in result.neurons} == {3}
+    assert all(int(layer.mask.sum()) == 1 for layer in result.neurons)
+    assert dist_gsl.measure(result.model, result.neurons) == dist_gsl.measure(model, neurons)
+    save(tmp_path / "compact", result)
+    masked = json.loads((tmp_path / "compact" / "architecture.json").read_text())["masked"]
+    assert masked == {layer.name: [1, 2] for layer in neurons}
+    loaded, again = dist_gsl.load_with_neurons(tmp_path)
+    assert [layer.mask.tolist() for layer in again] == [[True, False, False]] * len(again)
+    optimizer = dist_gsl.ProximalSGD(loaded.parameters(), again, dist_gsl.SparseGroupLasso(beta=0.0), lr=0.1, momentum=0.9)
+    loaded.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loaded(torch.randn(4, 1, 32, 32)).square().sum().backward()
+        optimizer.step()
+    for layer in again:
+        assert not any(part[1:].any() for part in again.parts(layer))
+
+
 def test_program_computes_the_same(written: tuple[Path, dist_gsl.Compacted]) -> None:
     run, result = written
     program = torch.export.load(run / "compact" / "model.pt2").module()
@@ -129,7 +193,7 @@ def test_failure_in_the_middle_leaves_the_old_folder(folder: Path, monkeypatch: 
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(artifact, "_save_program", fail)
+    monkeypatch.setattr(artifact, "_save_programs", fail)
     with pytest.raises(OSError, match="disk full"):
         save(folder, compacted())
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -154,7 +218,7 @@ def test_failure_of_the_last_rename_brings_the_old_folder_back(folder: Path, mon
 def test_replaces_what_was_there(folder: Path) -> None:
     (folder / "stale.txt").write_text("")
     save(folder, compacted(), classes=list("VWXYZ"))
-    assert sorted(file.name for file in folder.iterdir()) == ["architecture.json", "model.pt2", "weights.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == ["architecture.json", "model.onnx", "model.pt2", "weights.safetensors"]
     assert artifact.load_architecture(folder).classes == list("VWXYZ")
 
 
@@ -167,7 +231,8 @@ def test_network_that_cannot_be_exported_is_written_without_the_program(
     monkeypatch.setattr(torch.export, "export", fail)
     save(tmp_path / "compact", compacted())
     assert not (tmp_path / "compact" / "model.pt2").exists()
-    assert "model.pt2 is left out" in caplog.text
+    assert not (tmp_path / "compact" / "model.onnx").exists()
+    assert "model.pt2 and model.onnx are left out" in caplog.text
     artifact.load(tmp_path)
 
 

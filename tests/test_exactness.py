@@ -130,6 +130,28 @@ def test_neurons_that_may_come_back_are_folded_when_they_are_removed() -> None:
     check_exact(model, neurons, x)
 
 
+def test_dead_neurons_stay_dead_though_their_readers_have_gradients() -> None:
+    """Training with the dead in place is the same as training without them, where they give 0.5 as well."""
+    model = Folding().double()
+    x = torch.randn(4, *IMAGE, dtype=torch.float64)
+    neurons = find_neurons(model, x)
+    neurons.zero_({"conv1": [1, 3], "fc1": [0]})
+    result = compact(model, neurons)
+    losses: list[list[float]] = []
+    for network_, its in ((model, neurons), (result.model, result.neurons)):
+        optimizer = ProximalSGD(network_.parameters(), its, SparseGroupLasso(beta=0.01), lr=0.05, momentum=0.9)
+        losses.append([])
+        for step in range(30):
+            optimizer.zero_grad()
+            loss = (network_(x + step) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert not model.get_parameter("conv2.weight")[:, 1].any()
+    assert not neurons.parts(neurons["fc1"])[0][0].any()
+
+
 # --- depth
 
 
@@ -166,6 +188,8 @@ def test_a_branch_without_neurons_is_a_constant_and_stays_that_constant() -> Non
     check_exact(model, neurons, x)
     small = compact(model, neurons).model
     assert sum(p.numel() for p in small.get_submodule("1").parameters()) == 12  # the BatchNorm that holds the constant
+    # And it can be followed as it is. What reads an empty layer is a constant too, and dies by the penalty alone.
+    assert [layer.name for layer in find_neurons(small, x)] == ["0", "2.conv2"]
     # And it goes on as the whole network does: statistics drift alike, in evaluation too.
     models = [copy.deepcopy(m).double().train() for m in (model, small)]
     for step in range(3):

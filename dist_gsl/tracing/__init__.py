@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dist_gsl.neurons import OUTPUTS, NeuronLayer, Neurons
-from dist_gsl.removal import Removal
+from dist_gsl.removal import BatchNorm, Convolution, Removal, copied
 from dist_gsl.tracing.bypass import with_bypasses
 from dist_gsl.tracing.grouping import layers_of
 from dist_gsl.tracing.tracer import ModuleRule, Tracer
@@ -72,18 +71,12 @@ class _FxTracer(fx.Tracer):
         self.record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*self._leaves, *Convolution, *BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _outline(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose tensors have shapes and no contents: what follows it costs next to nothing."""
-    contents: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values(), *(v for v in vars(module).values() if isinstance(v, Tensor))]:
-            if tensor is not None and id(tensor) not in contents:
-                empty = torch.empty_like(tensor, device="meta")
-                contents[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, contents).eval()
+    return copied(model, lambda _, tensor: torch.empty_like(tensor, device="meta")).eval()
 
 
 def _results(graph: fx.GraphModule, model: nn.Module, example_inputs: Tensor) -> dict[fx.Node, Any]:

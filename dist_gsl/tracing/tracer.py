@@ -160,11 +160,11 @@ class Tracer:
             return
         out_dim, in_dim = (1, 0) if is_transposed else (0, 1)
         num_out = module.weight.shape[out_dim]
-        is_depthwise = groups > 1 and module.weight.shape[in_dim if not is_transposed else out_dim] == 1
+        is_depthwise = groups > 1 and module.weight.numel() > 0 and module.weight.shape[in_dim if not is_transposed else out_dim] == 1
         rows = self.atoms.of(weight, out_dim, num_out)
         self.owners[node] = [(weight, out_dim)]
         self.kinds.setdefault(weight, "linear" if is_linear else "conv")
-        source = self._value(node.args[0])
+        source = self._value(node.args[0]) if module.weight.numel() else None  # one of no channels reads none
         labels = source.vector(dim, module.weight.shape[in_dim] * (1 if is_transposed else groups)) if source is not None else None
         if is_transposed and groups > 1:
             if source is not None:
@@ -185,7 +185,7 @@ class Tracer:
                 self.atoms.pin(rows, "depthwise convolution of values that belong to no neuron")
         else:
             out = rows
-            if groups > 1:  # as many of each group must stay: the same position in each is one neuron
+            if groups > 1 and module.weight.numel():  # as many of each group must stay: the same position in each is one neuron
                 self.atoms.tie(rows.view(groups, -1), rows.view(groups, -1)[:1])
             if source is not None:
                 self._read(node, source, labels, weight, in_dim, groups, module)
