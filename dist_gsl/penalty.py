@@ -219,12 +219,19 @@ class PenaltyConfig:
     depth: bool = True
     """Layers that a shortcut leads around, as those inside a residual branch, may lose all of their neurons: what is left of the branch is
     a constant, and the number of layers is learned too. False: they keep `min_alive` as well."""
+    groups: str = "neurons"
+    """"neurons": each neuron is a group. "branches": the neurons of a layer that a shortcut leads around are one group together, so that
+    branches go as a whole; other layers as before."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("absolute", "epochs"):
             raise ValueError(f"penalty.unit is {self.unit!r}, must be absolute or epochs")
         if self.every not in ("step", "epoch") and not (self.every.isdigit() and int(self.every) > 0):
             raise ValueError(f"penalty.every is {self.every!r}, must be step, epoch, or a number of steps such as 10")
+        if self.groups not in ("neurons", "branches"):
+            raise ValueError(f"penalty.groups is {self.groups!r}, must be neurons or branches")
+        if self.groups == "branches" and not self.depth:
+            raise ValueError("penalty.groups is branches, but penalty.depth is false and no branch may go; set penalty.depth")
         if self.min_alive < 0:
             raise ValueError(f"penalty.min_alive is {self.min_alive}, must be >= 0")
         for beta in self.beta.values():

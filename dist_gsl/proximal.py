@@ -9,6 +9,7 @@ Imports torch alone.
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from dist_gsl.neurons import NeuronLayer, Neurons, Slice
 from dist_gsl.penalty import Prox, SparseGroupLasso, row_norms
 from dist_gsl.tracing import check_precision
 
+GROUPS = ("neurons", "branches")
+
 
 class ProximalSGD(torch.optim.Optimizer):
     """Minimises loss + r(Theta) by proximal SGD: theta <- prox_{t r}(theta - lr * direction).
@@ -30,7 +33,8 @@ class ProximalSGD(torch.optim.Optimizer):
     momentum and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True`
     it may come back, by its momentum or its gradient, as in the paper. Each layer keeps at least `min_alive` neurons; with
     `depth` those that a way around exists for (`layer.bypassed`, the inside of a residual branch) may lose all of them, so
-    that the number of layers is learned too.
+    that the number of layers is learned too. With `groups="branches"` all neurons of such a layer are one group, which lives
+    or dies as a whole.
 
     `ValueError` where a neuron's parameters are missing, lie in groups of different learning rates, or are not float32
     or float64.
@@ -50,16 +54,19 @@ class ProximalSGD(torch.optim.Optimizer):
         revive: bool = False,
         min_alive: int = 1,
         depth: bool = True,
+        groups: str = "neurons",
     ) -> None:
         if nesterov and momentum <= 0:
             raise ValueError("ProximalSGD: nesterov needs a momentum above 0")
         if every not in ("step", "epoch") and not (isinstance(every, int) and every >= 1):
             raise ValueError(f'ProximalSGD: every is {every!r}, must be "step", "epoch", or a number of steps')
+        if groups not in GROUPS:
+            raise ValueError(f'ProximalSGD: groups is {groups!r}, must be one of {", ".join(GROUPS)}')
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         check_precision(neurons.model)
         self.neurons, self.penalty = neurons, penalty
-        self.every, self.revive, self.min_alive, self.depth = every, revive, min_alive, depth
+        self.every, self.revive, self.min_alive, self.depth, self.groups = every, revive, min_alive, depth, groups
         self.num_steps = 0
         self._since_prox = [0.0] * len(self.param_groups)  # sum of learning rates per parameter group
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -174,9 +181,13 @@ class ProximalSGD(torch.optim.Optimizer):
         parts = self.neurons.parts(layer)
         min_alive = 0 if self.depth and layer.bypassed else self.min_alive
         t = self._since_prox[self._layer_groups[layer.name][0]]
-        self._proxes[layer.name] = self.penalty.prox_(
-            parts, layer=layer.name, step=self.num_steps - 1, t=t, group_size=layer.group_size, min_alive=min_alive
-        )
+        is_one_group = self.groups == "branches" and layer.bypassed and self.depth
+        size = layer.group_size * layer.starting_neurons if is_one_group else layer.group_size
+        groups = [part.unsqueeze(0) for part in parts] if is_one_group else parts
+        prox = self.penalty.prox_(groups, layer=layer.name, step=self.num_steps - 1, t=t, group_size=size, min_alive=min_alive)
+        if is_one_group and prox.dead is not None:
+            prox = replace(prox, dead=prox.dead.expand(layer.num_neurons))
+        self._proxes[layer.name] = prox
         for piece, rows in zip(layer.producers, parts, strict=True):
             piece.write_(self.neurons.parameter(piece.tensor), rows)
 

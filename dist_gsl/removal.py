@@ -147,7 +147,7 @@ def set_sizes(module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn
             resize(module)
             return
     if isinstance(module, Convolution):
-        if module.groups > 1 and module.weight.shape[1] == 1:  # depthwise: as many groups as channels
+        if module.in_channels == module.groups > 1:  # depthwise: as many groups as channels
             module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
         if module.weight.numel() == 0:

@@ -223,6 +223,25 @@ def test_training_may_take_all_neurons_of_a_branch_and_keeps_one_elsewhere() -> 
     assert all(layer.mask.all() for layer in kept)
 
 
+def test_a_branch_may_be_one_group() -> None:
+    model, _, neurons = deep()
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.2), lr=0.1, groups="branches")
+    before = {layer.name: [part.clone() for part in neurons.parts(layer)] for layer in neurons}
+    optimizer.step()  # no gradients: the proximal step alone
+    for layer in neurons:
+        norm = torch.cat([part.flatten() for part in before[layer.name]]).norm()
+        shrink = 1 - 0.1 * 0.2 * (layer.group_size * layer.num_neurons) ** 0.5 / norm
+        for part, old in zip(neurons.parts(layer), before[layer.name], strict=True):
+            rows = torch.cat([p.reshape(layer.num_neurons, -1) for p in before[layer.name]], dim=1).norm(dim=1)
+            own = 1 - 0.1 * 0.2 * layer.group_size**0.5 / rows.view(-1, *[1] * (part.dim() - 1))
+            torch.testing.assert_close(part, old * (shrink if layer.bypassed else own))
+    with pytest.warns(UserWarning, match="layer '0': beta 5 would kill"):
+        ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=5.0), lr=1.0, groups="branches").step()
+    assert {layer.name: int(layer.mask.sum()) for layer in neurons if layer.bypassed} == dict.fromkeys(["1.conv1", "1.conv2", "2.conv1", "2.conv2"], 0)
+    with pytest.raises(ValueError, match="groups is 'layers'"):
+        ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=5.0), lr=1.0, groups="layers")
+
+
 def test_of_branches_side_by_side_the_last_one_stays() -> None:
     class Inception(nn.Module):
         def __init__(self) -> None:

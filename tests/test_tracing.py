@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from dist_gsl import find_neurons
+from dist_gsl import ModuleRule, compact, find_neurons
 from dist_gsl.models import model_names
 from dist_gsl.neurons import Neurons, Slice
 from tests.networks import IMAGE, chain, tiny
@@ -314,6 +314,91 @@ def test_batch_norm_after_flatten_goes_with_its_channel() -> None:
 def test_pooling_over_linear_neurons_pins_them() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(128, 8), nn.MaxPool1d(2), nn.Linear(4, 3))  # maxout
     assert pinned(model) == {"1": "pooled over its own dimension (_2)"}
+
+
+# --- modules of one's own
+
+
+class Twice(nn.Module):
+    """Its control flow depends on values: tracing cannot see through it. Scales channels; 0 stays 0."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale, self.num_channels = nn.Parameter(torch.ones(channels, 1, 1)), channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.scale) != self.num_channels:
+            raise ValueError("scale has lost a channel")
+        return x * self.scale if x.sum() > 0 else x * self.scale * 2
+
+
+class Mixing(nn.Module):
+    """A 1 x 1 convolution by hand, its weight (in, out)."""
+
+    def __init__(self, channels: int, num_out: int) -> None:
+        super().__init__()
+        self.matrix, self.shift = nn.Parameter(torch.randn(channels, num_out)), nn.Parameter(torch.randn(num_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.sum() != 0
+        return torch.einsum("nchw,cd->ndhw", x, self.matrix) + self.shift.view(-1, 1, 1)
+
+
+def fit(module: nn.Module) -> None:
+    assert isinstance(module, Twice)
+    module.num_channels = len(module.scale)
+
+
+RULES = {
+    Twice: ModuleRule(carries={"scale": 0}, resize=fit),
+    Mixing: ModuleRule(reads={"matrix": 0}, produces={"matrix": 1, "shift": 0}),
+}
+
+
+def test_a_rule_tells_what_tracing_cannot_see() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), Twice(4), nn.ReLU(), Mixing(4, 5), nn.ReLU(), nn.Conv2d(5, 3, 3), nn.Flatten(), nn.Linear(48, 2))
+    x = torch.randn(2, *IMAGE)
+    with pytest.raises(ValueError, match=r"Sequential cannot be traced.*, test_tracing.py:\d+: if len\(self.scale\) != "):
+        find_neurons(model, x)
+    neurons = find_neurons(model, x, rules=RULES)
+    assert [layer.name for layer in neurons] == ["0", "3", "5"]
+    assert {piece.tensor for piece in neurons["0"].producers} == {"0.weight", "0.bias", "1.scale"}
+    assert {(piece.tensor, piece.dim) for piece in neurons["3"].producers} == {("3.matrix", 1), ("3.shift", 0)}
+    neurons.zero_({"0": [1, 2], "3": [0]})
+    result = compact(model, neurons)
+    assert result.max_abs_difference <= 1e-9 * result.max_abs_output
+    assert result.model.get_submodule("1").num_channels == 2
+    assert result.model.get_parameter("3.matrix").shape == (2, 4)
+    again = find_neurons(result.model, x, rules=RULES)
+    assert [layer.num_neurons for layer in again] == [2, 4, 3]
+
+
+def test_a_rule_that_names_no_parameter_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), Twice(4), nn.Flatten(), nn.Linear(144, 2))
+    with pytest.raises(ValueError, match="the rule for Twice names parameter 'gain'"):
+        find_neurons(model, torch.randn(2, *IMAGE), rules={Twice: ModuleRule(carries={"gain": 0})})
+
+
+def test_a_network_that_does_not_run_without_a_neuron_keeps_it() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), Twice(4), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 2))
+    neurons = find_neurons(model, torch.randn(2, *IMAGE), rules={Twice: ModuleRule(carries={"scale": 0})})  # nothing resizes it
+    assert [layer.name for layer in neurons] == ["2"]
+    reason = neurons.pinned["0"]
+    assert reason.startswith("the network does not run without one of them: scale has lost a channel, test_tracing.py:")
+
+
+def test_explain_prints_layers_ties_and_reasons() -> None:
+    model = Residual()
+    model.conv2.register_parameter("extra", None)
+    neurons = find_neurons(model, torch.randn(2, *IMAGE))
+    neurons.zero_({"conv2": [0]})
+    assert neurons.explain().splitlines() == [
+        "layer  neurons  alive  entries  tied",
+        "conv1        4      4       56  conv3",
+        "conv2        4      3       37         may vanish, there is a way around it",
+        "fc           3      3        5         stays: its neurons are the network's outputs",
+        "8 of 11 neurons in 2 layers can be removed; 27.3 % stay",
+    ]
 
 
 # --- errors

@@ -31,25 +31,27 @@ def find_neurons(model: nn.Module, example_inputs: Tensor, *, rules: Mapping[typ
     """
     check_precision(model)
     rules = dict(rules or {})
-    outline = _outline(model)
+    # A module with a rule may look at values, so everything runs on them; otherwise shapes are enough.
+    outline = copied(model, lambda _, tensor: tensor.detach().clone()).eval() if rules else _outline(model)
+    x = example_inputs if rules else torch.empty_like(example_inputs, device="meta")
     tracer = _FxTracer(tuple(rules))
     try:
         graph = fx.GraphModule(outline, tracer.trace(outline))
         for name, constant in graph._buffers.items():  # made in forward, or held by it
-            if constant is not None and constant.device.type != "meta":
-                graph._buffers[name] = constant.to("meta")
+            if constant is not None and constant.device != x.device:
+                graph._buffers[name] = constant.to(x.device)
     except Exception as error:
         raise ValueError(
             f"find_neurons: {type(model).__name__} cannot be traced by torch.fx ({_first_line(error)}{_where(error)}); make its control flow "
             "independent of values, or give a rule for the module that holds it (rules={Module: ModuleRule(...)})"
         ) from error
-    results = _results(graph, model, example_inputs)
+    results = _results(graph, model, x)
     trace = Tracer(outline, graph, results, rules)
     trace.run()
     layers = with_bypasses(trace, layers_of(trace, dict(outline.named_parameters(remove_duplicate=False))))
     resizers = {kind: rule.resize for kind, rule in rules.items() if rule.resize is not None}
     shape = tuple(example_inputs.shape)
-    layers = _tried(Neurons(outline, layers, input_shape=shape, resizers=resizers), example_inputs)
+    layers = _tried(Neurons(outline, layers, input_shape=shape, resizers=resizers), x)
     return Neurons(model, layers, input_shape=shape, resizers=resizers)
 
 
@@ -89,8 +91,8 @@ def _results(graph: fx.GraphModule, model: nn.Module, example_inputs: Tensor) ->
             return result
 
     try:
-        with torch.no_grad(), torch.device("meta"):
-            Kept(graph, garbage_collect_values=False).run(torch.empty_like(example_inputs, device="meta"))
+        with torch.no_grad(), example_inputs.device:
+            Kept(graph, garbage_collect_values=False).run(example_inputs)
     except Exception as error:
         raise ValueError(
             f"find_neurons: {type(model).__name__} does not take example_inputs of shape {tuple(example_inputs.shape)} "
@@ -99,10 +101,9 @@ def _results(graph: fx.GraphModule, model: nn.Module, example_inputs: Tensor) ->
     return found
 
 
-def _tried(neurons: Neurons, example_inputs: Tensor) -> list[NeuronLayer]:
+def _tried(neurons: Neurons, x: Tensor) -> list[NeuronLayer]:
     """The layers, those pinned without which the network does not run: a size may be fixed in its code where tracing does not see it."""
     layers = neurons.all_layers
-    x = torch.empty_like(example_inputs, device="meta")
 
     def error_without(few: list[NeuronLayer], count: int | None) -> str | None:
         """What running fails with where each of these layers has lost `count` neurons, or all."""
@@ -111,7 +112,7 @@ def _tried(neurons: Neurons, example_inputs: Tensor) -> list[NeuronLayer]:
             keep[layer.name][: layer.num_neurons if count is None else count] = False
         try:
             smaller = Removal(neurons, keep).model(neurons.model)
-            with torch.no_grad(), torch.device("meta"):
+            with torch.no_grad(), x.device:
                 smaller(x)
         except Exception as error:  # whatever a network of the user's own raises
             return f"{_first_line(error)}{_where(error)}"
@@ -129,7 +130,8 @@ def _tried(neurons: Neurons, example_inputs: Tensor) -> list[NeuronLayer]:
 
     some = [layer for layer in layers if layer.pinned is None and layer.num_neurons > 1]
     fixed = failing(some, 1)
-    layers = [replace(x, pinned=f"the network does not run without one of them: {fixed[x.name]}") if x.name in fixed else x for x in layers]
+    reasons = {name: f"the network does not run without one of them: {error}" for name, error in fixed.items()}
+    layers = [replace(layer, pinned=reasons[layer.name]) if layer.name in reasons else layer for layer in layers]
     neurons = Neurons(neurons.model, layers, input_shape=neurons.input_shape, resizers=neurons.resizers)
     empty = failing([layer for layer in neurons if layer.bypassed], None)
     return [replace(layer, bypassed=layer.bypassed and layer.name not in empty and layer.pinned is None) for layer in layers]

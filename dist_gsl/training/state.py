@@ -130,7 +130,7 @@ def build(
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = ProximalSGD(
         model.parameters(), neurons, regulariser, lr=learning_rate(0), momentum=train.momentum, nesterov=train.nesterov,
-        weight_decay=train.weight_decay, every=penalty.interval, revive=penalty.revive, min_alive=penalty.min_alive, depth=penalty.depth,
+        weight_decay=train.weight_decay, every=penalty.interval, revive=penalty.revive, min_alive=penalty.min_alive, depth=penalty.depth, groups=penalty.groups,
     )  # fmt: skip
     average = None
     if train.ema is not None:
