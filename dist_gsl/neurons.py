@@ -253,9 +253,10 @@ class Neurons:
             + f"  {row[5]}"
             for row in rows
         ]
-        removable, total = (sum(layer.num_neurons for layer in layers) for layers in (self, self.all_layers))
-        pinned = f"; {100 * (total - removable) / total:.1f} % stay" if total else ""
-        return "\n".join([*(line.rstrip() for line in lines), f"{removable} of {total} neurons in {len(self)} layers can be removed{pinned}"])
+        removable = sum(layer.num_neurons for layer in self)
+        hidden = sum(layer.num_neurons for layer in self.all_layers if layer.pinned != OUTPUTS)
+        lines.append(f"{removable:,} of {hidden:,} hidden neurons can be removed, in {len(self)} layers")
+        return "\n".join(line.rstrip() for line in lines)
 
     def state_dict(self) -> dict[str, Any]:
         """Mask, indices in the starting network, P_l: tensors and numbers alone, safe for `weights_only` loading."""

@@ -163,12 +163,12 @@ class Trained:
         return loop.evaluate(model.to(memory_format=layout), batches, self.config.train, device=torch.device("cpu"))
 
 
-def compact_run(trained: Trained, *, say: Say = _silent) -> tuple[compaction.Compacted, float]:
+def compact_run(trained: Trained, *, multiple_of: int = 1, say: Say = _silent) -> tuple[compaction.Compacted, float]:
     """Removes the dead neurons, proves on the whole validation split in float64 that the function is the same, and only
     then writes RUN_DIR/compact/. (the compact network, largest absolute difference on validation)."""
     say("removing the dead neurons")
     trained.neurons.settle_()  # with penalty.revive some may have been waiting to come back
-    compacted = compaction.compact(trained.model, trained.neurons)
+    compacted = compaction.compact(trained.model, trained.neurons, multiple_of=multiple_of)
     difference = compacted.max_abs_difference
     if trained.has_dead_neurons:
         say("comparing both networks on the whole validation split in float64")

@@ -75,7 +75,7 @@ def test_what_a_dead_neuron_gives_goes_into_its_readers_bias(options: dict[str, 
             for piece in neurons[name].producers:
                 piece.clear_(zeroed.get_parameter(piece.tensor), torch.tensor(which))
     model.double()
-    neurons.zero_(kill)
+    neurons.zero_({**kill, "fc1": [2, 2]})
     for training in (False, True):
         expected, folded = zeroed.train(training)(x.double()), model.train(training)(x.double())
         torch.testing.assert_close(folded, expected, rtol=1e-9, atol=1e-12)
@@ -88,6 +88,36 @@ def test_zeros_around_a_constant_pin_and_a_missing_bias_too() -> None:
     x = torch.randn(2, *IMAGE)
     assert "with zeros around it" in find_neurons(Folding(padding=1), x).pinned["conv1"]
     assert "no bias of its own" in find_neurons(Folding(bias=False), x).pinned["conv1"]
+
+
+def test_a_constant_with_another_rim_is_folded_by_position_or_stays() -> None:
+    x = torch.randn(3, *IMAGE)
+    before = [nn.Conv2d(2, 4, 3), nn.Sigmoid(), nn.AvgPool2d(3, 1, 1)]  # zeros around 0.5: 2/9 in the corners
+    model = nn.Sequential(*before, nn.Flatten(), nn.Linear(144, 3)).double()
+    neurons = find_neurons(model, x.double())
+    with torch.no_grad():
+        for name in ("0.weight", "0.bias"):
+            model.get_parameter(name)[1] = 0
+    expected = model(x.double())
+    neurons.zero_({"0": [1]})
+    torch.testing.assert_close(model(x.double()), expected, rtol=1e-12, atol=1e-12)
+    check_exact(model, neurons, x)
+    pinned = find_neurons(nn.Sequential(*before, nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(72, 3)).double(), x.double()).pinned
+    assert "not the same everywhere" in pinned["0"]
+
+
+def test_a_constant_that_weights_of_two_biases_read_stays() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.fc3, self.fc4 = nn.Linear(128, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.fc3.weight = self.fc2.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc4(self.fc3(self.fc2(self.fc1(x.flatten(1)).sigmoid()).relu()))
+
+    neurons = find_neurons(Shared(), torch.randn(2, *IMAGE))
+    assert "whose weights are used more than once" in neurons.pinned["fc1"]
 
 
 def test_momentum_takes_no_part_and_an_average_does() -> None:

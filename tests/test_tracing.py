@@ -224,6 +224,15 @@ def test_a_flatten_that_takes_the_batch_along_pins() -> None:
     assert pinned(model) == {"0": "flattened together with what comes before it (_1)"}
 
 
+def test_grouped_convolutions_tie_the_same_position_of_every_group() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1), nn.Flatten(), nn.Linear(32, 2))
+    neurons = find_neurons(model, torch.randn(2, *IMAGE))
+    assert [positions(neurons["0"].producers[0]), positions(neurons["2"].producers[0])] == [
+        ("0.weight", 0, [[0, 2], [1, 3]]), ("2.weight", 0, [[0, 3], [1, 4], [2, 5]])
+    ]  # fmt: skip
+    assert [positions(piece) for piece in neurons["0"].readers] == [("2.weight", 1, [[0], [1]])]
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -397,7 +406,7 @@ def test_explain_prints_layers_ties_and_reasons() -> None:
         "conv1        4      4       56  conv3",
         "conv2        4      3       37         may vanish, there is a way around it",
         "fc           3      3        5         stays: its neurons are the network's outputs",
-        "8 of 11 neurons in 2 layers can be removed; 27.3 % stay",
+        "8 of 8 hidden neurons can be removed, in 2 layers",
     ]
 
 

@@ -16,6 +16,10 @@ from dist_gsl.cli.common import Commands, add_runs, folder_of
 def add(commands: Commands) -> None:
     compact = commands.add_parser("compact", help="remove a run's dead neurons and write RUN_DIR/compact/")
     compact.add_argument("run_dir", type=folder_of(storage.local_run), metavar="RUN_DIR", help="a run's folder, or its URI")
+    compact.add_argument(
+        "--multiple-of", type=int, default=1, metavar="N",
+        help="keep as many dead neurons, all zero, as make every width a multiple of N; tensor cores like 8 (%(default)s)",
+    )  # fmt: skip
     compact.set_defaults(run=_compact)
     report = commands.add_parser("report", help="the table, report.json and plots of runs")
     report.add_argument(
@@ -44,7 +48,7 @@ def _compact(options: argparse.Namespace, console: Console) -> int:
 
     folder = runs.RunFolder.existing(options.run_dir)
     compacted, difference = runs.compact_run(
-        runs.Trained.load(folder), say=lambda text: console.print(text, highlight=False)
+        runs.Trained.load(folder), multiple_of=options.multiple_of, say=lambda text: console.print(text, highlight=False)
     )
     folder.push()
     left = sum(p.numel() for p in compacted.model.parameters())
