@@ -428,6 +428,11 @@ def test_control_flow_on_values_is_refused_by_name() -> None:
         find_neurons(Depends(), torch.randn(2, *IMAGE))
 
 
+def test_a_forward_that_asks_for_a_value_is_given_one() -> None:
+    model = Net(lambda x: x * float(torch.linspace(1, 2, 3)[1]))
+    assert pinned(model) == {}
+
+
 def test_inputs_that_the_model_does_not_take_are_refused() -> None:
     model = chain()
     model.train()

@@ -22,7 +22,8 @@ __all__ = ["OUTPUTS", "ModuleRule", "check_precision", "find_neurons"]
 def find_neurons(model: nn.Module, example_inputs: Tensor, *, rules: Mapping[type[nn.Module], ModuleRule] | None = None) -> Neurons:
     """The neurons of a model, found by following it symbolically; the model is left as it is.
 
-    example_inputs: one batch of the shape that the model takes; its values are not read. Call it before DDP wraps the model.
+    example_inputs: one batch of the shape that the model takes. Call it before DDP wraps the model. Shapes alone are followed, with no
+    tensor's contents, unless the model asks for a value.
     rules: for modules that tracing cannot see through, `{MyModule: ModuleRule(...)}`; any other that is not understood pins the
     neurons which it reads. `neurons.explain()` tells what was found.
 
@@ -31,9 +32,17 @@ def find_neurons(model: nn.Module, example_inputs: Tensor, *, rules: Mapping[typ
     """
     check_precision(model)
     rules = dict(rules or {})
-    # A module with a rule may look at values, so everything runs on them; otherwise shapes are enough.
-    outline = copied(model, lambda _, tensor: tensor.detach().clone()).eval() if rules else _outline(model)
-    x = example_inputs if rules else torch.empty_like(example_inputs, device="meta")
+    if rules:  # their modules may look at values
+        return _find(model, example_inputs, rules, on_values=True)
+    try:
+        return _find(model, example_inputs, rules, on_values=False)
+    except ValueError:  # whoever asks for a value in forward gets one, at the price of running it
+        return _find(model, example_inputs, rules, on_values=True)
+
+
+def _find(model: nn.Module, example_inputs: Tensor, rules: dict[type[nn.Module], ModuleRule], *, on_values: bool) -> Neurons:
+    outline = copied(model, lambda _, t: t.detach().clone() if on_values else torch.empty_like(t, device="meta")).eval()
+    x = example_inputs if on_values else torch.empty_like(example_inputs, device="meta")
     tracer = _FxTracer(tuple(rules))
     try:
         graph = fx.GraphModule(outline, tracer.trace(outline))
@@ -45,8 +54,7 @@ def find_neurons(model: nn.Module, example_inputs: Tensor, *, rules: Mapping[typ
             f"find_neurons: {type(model).__name__} cannot be traced by torch.fx ({_first_line(error)}{_where(error)}); make its control flow "
             "independent of values, or give a rule for the module that holds it (rules={Module: ModuleRule(...)})"
         ) from error
-    results = _results(graph, model, x)
-    trace = Tracer(outline, graph, results, rules)
+    trace = Tracer(outline, graph, _results(graph, model, x), rules)
     trace.run()
     layers = with_bypasses(trace, layers_of(trace, dict(outline.named_parameters(remove_duplicate=False))))
     resizers = {kind: rule.resize for kind, rule in rules.items() if rule.resize is not None}
@@ -74,11 +82,6 @@ class _FxTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*self._leaves, *Convolution, *BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _outline(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors have shapes and no contents: what follows it costs next to nothing."""
-    return copied(model, lambda _, tensor: torch.empty_like(tensor, device="meta")).eval()
 
 
 def _results(graph: fx.GraphModule, model: nn.Module, example_inputs: Tensor) -> dict[fx.Node, Any]:
@@ -128,6 +131,9 @@ def _tried(neurons: Neurons, x: Tensor) -> list[NeuronLayer]:
         middle = len(few) // 2
         return {**failing(few[:middle], count), **failing(few[middle:], count)}
 
+    whole = error_without([], 0)
+    if whole is not None:
+        raise ValueError(f"find_neurons: {type(neurons.model).__name__} does not run: {whole}")
     some = [layer for layer in layers if layer.pinned is None and layer.num_neurons > 1]
     fixed = failing(some, 1)
     reasons = {name: f"the network does not run without one of them: {error}" for name, error in fixed.items()}
