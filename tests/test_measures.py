@@ -8,6 +8,7 @@ from torch import nn
 
 from dist_gsl import compact, create_model, find_neurons, measure
 from dist_gsl.neurons import Neurons
+from tests.exactness import kill_a_third_, randomise_
 from tests.networks import IMAGE, chain
 from tests.test_tracing import Tied
 
@@ -161,3 +162,23 @@ def test_shared_convolutions_count_once() -> None:
     neurons.zero_({"0": [2]})
     assert measure(model, neurons).group_param == pytest.approx(100 * (37 + 2 * 9 + 1 + 4 * 9 + 1 + 1) / total)
     assert math.isfinite(measure(model, neurons).total_induced)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "resnext50_32x4d"])
+def test_tied_networks_lose_what_the_measures_say(name: str) -> None:
+    """Without zeros of their own, networks of tied channels lose exactly the parameters that group_param and total_induced count."""
+    model = create_model(name, num_classes=5)
+    randomise_(model)
+    neurons = find_neurons(model, torch.zeros(1, 3, 64, 64))
+    kill_a_third_(neurons, empty=0.2)
+    measures = measure(model, neurons)
+    small = compact(model, neurons)
+    before, after = (dict(m.named_parameters()) for m in (model, small.model))
+    convolutions = {piece.tensor for layer in neurons.all_layers if layer.kind == "conv" for piece in layer.producers}
+    last = [layer for layer in neurons.all_layers if layer.kind == "linear"][-1:]
+    counted = convolutions | {piece.tensor for layer in last for piece in layer.producers}
+    gone = sum(before[tensor].numel() - after[tensor].numel() for tensor in counted)
+    assert measures.total_induced == pytest.approx(100 * gone / sum(before[tensor].numel() for tensor in counted))
+    dead = sum(layer.num_dead * layer.group_size for layer in neurons if layer.kind == "conv")
+    assert measures.group_param == pytest.approx(100 * dead / sum(before[tensor].numel() for tensor in convolutions))
+    assert measure(small.model, small.neurons) == measures
