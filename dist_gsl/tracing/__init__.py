@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from dist_gsl.neurons import OUTPUTS, NeuronLayer, Neurons
 from dist_gsl.removal import BatchNorm, Convolution, Removal, copied
 from dist_gsl.tracing.bypass import with_bypasses
+from dist_gsl.tracing.following import ModuleRule
 from dist_gsl.tracing.grouping import layers_of
-from dist_gsl.tracing.tracer import ModuleRule, Tracer
+from dist_gsl.tracing.tracer import Tracer
 
 __all__ = ["OUTPUTS", "ModuleRule", "check_precision", "find_neurons"]
 

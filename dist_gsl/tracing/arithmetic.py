@@ -1,0 +1,116 @@
+"""Element by element, sums and products, pooling and means. Imports torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dist_gsl.tracing.following import Following, attribute, evaluated, line
+from dist_gsl.tracing.labels import NONE, Value, thin
+
+
+class Arithmetic(Following):
+    def _elementwise(self, node: fx.Node, operation: Callable[..., Any], what: str, *, in_place: bool) -> None:
+        source = self._value(node.args[0])
+        if source is None or len(node.all_input_nodes) > 1:
+            self._pin_inputs(node, f"read by {what} with other values")
+            return
+        rest = self._plain(node.args[1:]) if node.op != "call_module" else ()
+        dead = evaluated(operation, source.dead, *rest)
+        self._set(node, Value(source.labels, dead, source.cause if torch.equal(dead, source.dead) else what), in_place=in_place)
+
+    def _binary(self, node: fx.Node, operation: Callable[..., Any], what: str, *, is_sum: bool, in_place: bool) -> None:
+        if len(node.args) != 2 or node.kwargs:
+            self._pin_inputs(node, f"read by {what}")
+            return
+        a, b = node.args
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or not all(isinstance(self.results[n], Tensor) for n in (a, b)):
+            # With a number.
+            source = next(v for v in (self._value(a), self._value(b)) if v is not None)
+            plain = [source.dead if self._value(x) is source else self._plain(x) for x in (a, b)]
+            dead = operation(*plain).to(torch.float64)
+            self._set(node, Value(source.labels, dead, source.cause if torch.equal(dead, source.dead) else what), in_place=in_place)
+            return
+        x, y = self._value(a), self._value(b)
+        shape = self._shape(node)
+        if x is None or y is None:
+            known, other = (x, b) if x is not None else (y, a)
+            assert known is not None
+            self._with_foreign(node, known, other, what, is_sum=is_sum, in_place=in_place)
+            return
+        rank = len(shape)
+        left, right = (_aligned(v, rank) for v in (x, y))
+        labels_a, labels_b = torch.broadcast_tensors(left.labels, right.labels)
+        foreign = (labels_a == NONE) != (labels_b == NONE)
+        if bool(foreign.any()):
+            for each in (labels_a, labels_b):
+                self.atoms.pin(each[foreign], f"{'added to' if is_sum else 'multiplied by'} values that belong to no neuron ({node.name})")
+        self.atoms.tie(labels_a, labels_b)
+        dead = operation(left.dead, right.dead)
+        cause = left.cause or right.cause
+        self._set(node, Value(thin(torch.maximum(labels_a, labels_b)), thin(dead), cause), in_place=in_place)
+
+    def _with_foreign(self, node: fx.Node, known: Value, other: fx.Node, what: str, *, is_sum: bool, in_place: bool) -> None:
+        """A sum or product with a value of no neuron: a parameter's elements become part of the neurons."""
+        rank, shape = len(self._shape(node)), self._shape(other)
+        known = _aligned(known, rank)
+        varying = known.varying
+        tensor = self.names.get(id(attribute(self.model, str(other.target)))) if other.op == "get_attr" else None
+        if tensor is not None and len(varying) == 1 and isinstance(attribute(self.model, str(other.target)), nn.Parameter):
+            dim = varying[0] - rank + len(shape)
+            if 0 <= dim < len(shape) and shape[dim] == known.labels.shape[varying[0]]:
+                labels = known.labels.flatten()
+                self.atoms.tie(self.atoms.of(tensor, dim, shape[dim]), labels)
+                self.understood.add((other, node))
+                self._set(node, known, in_place=in_place)
+                return
+        if not is_sum and all(_size_at(shape, dim, rank) == 1 for dim in varying) and not bool((known.dead != 0).any()):
+            self._set(node, known, in_place=in_place)  # zero times anything
+            return
+        self.atoms.pin(known.labels, f"read by {what} with other values")
+
+    def _spatial(self, node: fx.Node, num_dims: int, operation: Callable[..., Any], what: str) -> None:
+        source = self._value(node.args[0] if node.args else node.kwargs["input"])
+        if source is None:
+            return
+        shape = self._shape(node.all_input_nodes[0])
+        if any(dim >= len(shape) - num_dims for dim in source.varying):
+            self.atoms.pin(source.labels, f"pooled over its own dimension ({node.name})")
+            return
+        dead = source.dead
+        if bool((dead != 0).any()):  # padding may make the rim another value
+            dead = thin(evaluated(operation, dead.expand(*dead.shape[: len(shape) - num_dims], *shape[len(shape) - num_dims :])))
+        self.values[node] = Value(source.labels, dead, source.cause)
+
+    def _reduced(self, node: fx.Node, operation: Callable[..., Any], what: str) -> None:
+        """A mean over positions is a pooling; over channels it mixes them."""
+        source = self._value(node.args[0])
+        if source is None:
+            return
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        shape = self._shape(node.all_input_nodes[0])
+        rank = len(shape)
+        given = [dims] if isinstance(dims, int) else dims
+        reduced = [d % rank for d in given] if isinstance(given, (list, tuple)) else None
+        if reduced is None or 0 in reduced or any(d in source.varying for d in reduced):
+            self.atoms.pin(source.labels, f"read by {what} over other dimensions{line(node)}")
+            return
+        dead = source.dead.expand([shape[d] if d in reduced else extent for d, extent in enumerate(source.dead.shape)])
+        labels, dead = source.labels, thin(evaluated(lambda t: operation(t, *self._plain(node.args[1:]), **self._plain(node.kwargs)), dead))
+        if len(self._shape(node)) < rank:
+            for d in sorted(reduced, reverse=True):
+                labels = labels.squeeze(d)
+        self.values[node] = Value(labels, dead, source.cause or what)
+
+
+def _aligned(value: Value, rank: int) -> Value:
+    missing = (1,) * (rank - value.labels.dim())
+    return Value(value.labels.reshape(*missing, *value.labels.shape), value.dead.reshape(*missing, *value.dead.shape), value.cause)
+
+
+def _size_at(shape: tuple[int, ...], dim: int, rank: int) -> int:
+    place = dim - rank + len(shape)
+    return shape[place] if place >= 0 else 1

@@ -1,0 +1,117 @@
+"""What following channels needs everywhere: the values of nodes, their atoms, ties and pins. Imports torch alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dist_gsl.neurons import Absorber
+from dist_gsl.tracing.labels import Atoms, Value
+
+
+@dataclass(frozen=True)
+class ModuleRule:
+    """What `find_neurons` is told of a module that it cannot see through. Parameters are named as in the module, each with the dimension
+    along which its channels lie.
+
+    A module either passes channels on (`carries`: what of its parameters belongs to each; output channel c depends on input channel c alone
+    and is 0 where that and its parameters are 0), or reads them and produces others (`reads`, `produces`; what it makes of a channel is
+    multiplied by the slice of `reads`, and an output channel is 0 where its slices of `produces` are).
+    """
+
+    channel_dim: int = 1
+    """Where the channels of input and output lie; the batch is dimension 0."""
+    carries: Mapping[str, int] = field(default_factory=dict)
+    reads: Mapping[str, int] = field(default_factory=dict)
+    produces: Mapping[str, int] = field(default_factory=dict)
+    resize: Callable[[nn.Module], None] | None = None
+    """Called after its parameters were cut, to make its size attributes say what they are."""
+
+
+class Following:
+    """The state of following one network. `model`, `graph` and `results` may be on the meta device: no value of a parameter is read."""
+
+    def __init__(
+        self, model: nn.Module, graph: fx.GraphModule, results: dict[fx.Node, Any], rules: Mapping[type[nn.Module], ModuleRule]
+    ) -> None:
+        self.model, self.graph, self.results, self.rules = model, graph, results, rules
+        self.modules = dict(model.named_modules())
+        self.values: dict[fx.Node, Value | list[Value]] = {}
+        self.atoms = Atoms()
+        self.readers: dict[tuple[str, int], Tensor] = {}
+        """The label that each position along a tensor's dimension multiplies."""
+        self.constants: dict[tuple[str, int], tuple[Tensor, Absorber]] = {}
+        """What each position along a tensor's dimension multiplies when the neuron is dead, and what takes the product."""
+        self.owners: dict[fx.Node, list[tuple[str, int]]] = {}
+        """Places whose neurons a node's output consists of, of nodes that make neurons."""
+        self.buffers: list[tuple[str, Tensor]] = []
+        self.kinds: dict[str, str] = {}
+        self.understood: set[tuple[fx.Node, fx.Node]] = set()
+        """Uses of parameters outside of their modules that became part of neurons."""
+        # A parameter under several names is one.
+        self.names: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+            self.names.setdefault(id(tensor), name)
+        self.uses: Counter[int] = Counter()
+        """How often the graph calls a module with that parameter."""
+        for node in graph.graph.nodes:
+            if node.op == "call_module":
+                self.uses.update(id(p) for p in self.modules[str(node.target)].parameters())
+
+    def _value(self, node: Any) -> Value | None:
+        value = self.values.get(node) if isinstance(node, fx.Node) else None
+        return value if isinstance(value, Value) and value.has_neurons else None
+
+    def _has_neurons(self, node: fx.Node) -> bool:
+        value = self.values.get(node)
+        return any(v.has_neurons for v in (value if isinstance(value, list) else [value]) if v is not None)
+
+    def _shape(self, node: Any) -> tuple[int, ...]:
+        return tuple(self.results[node].shape)
+
+    def _plain(self, argument: Any) -> Any:
+        """Arguments with numbers and shapes in the place of the nodes that give them."""
+        return fx.map_arg(argument, lambda node: self.results[node])
+
+    def _set(self, node: fx.Node, value: Value, *, in_place: bool) -> None:
+        self.values[node] = value
+        if in_place:
+            self.values[node.all_input_nodes[0]] = value
+
+    def _pin_inputs(self, node: fx.Node, reason: str) -> None:
+        for source in node.all_input_nodes:
+            value = self.values.get(source)
+            for each in value if isinstance(value, list) else [value]:
+                if each is not None:
+                    self.atoms.pin(each.labels, reason)
+
+
+def evaluated(operation: Callable[..., Any], dead: Tensor, *rest: Any) -> Tensor:
+    training = operation.training if isinstance(operation, nn.Module) else None
+    if isinstance(operation, nn.Module):
+        operation.training = False
+    try:
+        with torch.no_grad():
+            result: Tensor = operation(dead.clone(), *rest)
+    finally:
+        if isinstance(operation, nn.Module) and training is not None:
+            operation.training = training
+    return result.to(torch.float64)
+
+
+def attribute(model: nn.Module, target: str) -> Any:
+    for part in target.split("."):
+        model = getattr(model, part)
+    return model
+
+
+def line(node: fx.Node) -> str:
+    """Where in the network's source the operation stands, for reasons."""
+    frames = [f for f in re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "") if "/torch/" not in f[0] and not f[0].startswith("<")]
+    return f" at {frames[-1][0].rpartition('/')[2]}:{frames[-1][1]}" if frames else ""
