@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dist_gsl.neurons import Neurons
 from dist_gsl.removal import Removal, copied
@@ -117,10 +118,11 @@ def max_difference(model: nn.Module, other: nn.Module, batches: Iterable[Tensor]
     a, b = (in_float64(m).eval() for m in (model, other))
     difference, largest = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        x = batch.to(device, torch.float64)
-        out_a, out_b = a(x), b(x)
-        difference = torch.maximum(difference, (out_a - out_b).abs().max().cpu())  # maximum keeps NaN
-        largest = torch.maximum(largest, out_a.abs().max().cpu())
+        x = batch.to(device, torch.float64) if batch.is_floating_point() else batch.to(device)
+        for out_a, out_b in zip(tree_leaves(a(x)), tree_leaves(b(x)), strict=True):
+            if isinstance(out_a, Tensor):
+                difference = torch.maximum(difference, (out_a - out_b).abs().max().cpu())  # maximum keeps NaN
+                largest = torch.maximum(largest, out_a.abs().max().cpu())
     return float(difference), float(largest)
 
 

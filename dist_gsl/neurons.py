@@ -231,7 +231,8 @@ class Neurons:
         found = {}
         for layer in self:
             reading = {id(r): r for piece in layer.readers for r in producers.get(piece.tensor, [])}
-            found[layer.name] = list(reading.values())
+            # What no layer produces may be read by anything.
+            found[layer.name] = list(reading.values()) if all(piece.tensor in producers for piece in layer.readers) else [layer]
         return found
 
     def _feeders(self, layer: NeuronLayer) -> list[NeuronLayer]:

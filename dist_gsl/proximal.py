@@ -168,7 +168,8 @@ class ProximalSGD(torch.optim.Optimizer):
         p.add_(grad, alpha=-group["lr"])
 
     def mask_gradient_(self, p: Tensor, grad: Tensor) -> None:
-        """Clears the gradient of weights that read the dead, in place: it is zero by itself but where the dead give f(0) != 0."""
+        """Clears the gradient of weights that read the dead, in place: it is zero by itself but where the dead give f(0) != 0. A step does
+        it; who clips norms by hand before `step()` calls it first."""
         if not self.revive:
             for layer, piece in self._reading.get(p, ()):
                 if not layer.mask.all():

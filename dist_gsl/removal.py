@@ -42,7 +42,8 @@ class Removal:
     def tensor(self, name: str, tensor: Tensor) -> Tensor:
         """A smaller copy; memory format kept. Other dimensions of the tensor may be cut too."""
         name = self._first_names.get(name, name)
-        channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        # A filter of 1 x 1 is contiguous in both ways, and stays so.
+        channels_last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
         for dim in range(tensor.dim()):
             if (name, dim) in self._gone:
                 tensor = tensor.index_select(dim, self._kept(name, dim, tensor.shape[dim]).to(tensor.device))
@@ -86,7 +87,9 @@ class Removal:
         for prefix, module in smaller.named_modules():
             names = [f"{prefix}.{name}" if prefix else name for store in (module._parameters, module._buffers) for name in store]
             if any(self._first_names.get(name, name) in affected for name in names):
-                set_sizes(module, self._resizers)
+                weight = self._first_names.get(f"{prefix}.weight" if prefix else "weight", "")
+                filters = self._kept(weight, 0, module.out_channels) if isinstance(module, Convolution) else None
+                set_sizes(module, self._resizers, filters)
         return smaller
 
     def _kept(self, name: str, dim: int, size: int) -> Tensor:
@@ -139,16 +142,22 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def set_sizes(module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn.Module], None]]) -> None:
+def set_sizes(
+    module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn.Module], None]], filters: Tensor | None = None
+) -> None:
     """Makes a module's size attributes say what its tensors are; one without channels gets the class that can do without. A module that
-    only holds parameters has none."""
+    only holds parameters has none.
+
+    filters: int64, those of a convolution that are left. A group without any is gone: depthwise convolutions lose whole groups, others the
+    same position of each.
+    """
     for kind, resize in resizers.items():
         if isinstance(module, kind):
             resize(module)
             return
     if isinstance(module, Convolution):
-        if module.in_channels == module.groups > 1:  # depthwise: as many groups as channels
-            module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
+        if module.groups > 1 and filters is not None:
+            module.groups = len(torch.unique(filters // (module.out_channels // module.groups)))
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
         if module.weight.numel() == 0:
             _become(module, EMPTY_CONVOLUTION)
@@ -175,6 +184,8 @@ class _EmptyConvolution(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         output = input.new_zeros((input.shape[0], self.out_channels, *self._spatial(input.shape[2:])))
+        if input.requires_grad:  # what comes before takes part, with a gradient of 0, as it does in the whole network
+            output = output + input[:, :0].sum()
         return output if self.bias is None else output + self.bias.view(-1, *[1] * len(self.kernel_size))
 
     def _spatial(self, sizes: Sequence[int]) -> list[int]:
@@ -220,6 +231,11 @@ class EmptyBatchNorm3d(_EmptyBatchNorm, nn.BatchNorm3d):
 
 class EmptySyncBatchNorm(_EmptyBatchNorm, nn.SyncBatchNorm):
     pass
+
+
+def is_empty(module: nn.Module) -> bool:
+    """Whether it is one of those below, which work without a channel."""
+    return isinstance(module, (_EmptyConvolution, _EmptyBatchNorm))
 
 
 EMPTY_CONVOLUTION: dict[type[nn.Module], type[nn.Module]] = {nn.Conv1d: EmptyConv1d, nn.Conv2d: EmptyConv2d, nn.Conv3d: EmptyConv3d}

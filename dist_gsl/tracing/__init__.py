@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import random
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dist_gsl.neurons import OUTPUTS, NeuronLayer, Neurons
-from dist_gsl.removal import BatchNorm, Convolution, Removal, copied
+from dist_gsl.removal import BatchNorm, Convolution, Removal, Transposed, copied
 from dist_gsl.tracing.bypass import with_bypasses
 from dist_gsl.tracing.following import ModuleRule
 from dist_gsl.tracing.grouping import layers_of
@@ -44,9 +46,8 @@ def find_neurons(model: nn.Module, example_inputs: Tensor, *, rules: Mapping[typ
 def _find(model: nn.Module, example_inputs: Tensor, rules: dict[type[nn.Module], ModuleRule], *, on_values: bool) -> Neurons:
     outline = copied(model, lambda _, t: t.detach().clone() if on_values else torch.empty_like(t, device="meta")).eval()
     x = example_inputs if on_values else torch.empty_like(example_inputs, device="meta")
-    tracer = _FxTracer(tuple(rules))
     try:
-        graph = fx.GraphModule(outline, tracer.trace(outline))
+        graph = fx.GraphModule(outline, _traced(outline, tuple(rules)))
         for name, constant in graph._buffers.items():  # made in forward, or held by it
             if constant is not None and constant.device != x.device:
                 graph._buffers[name] = constant.to(x.device)
@@ -59,7 +60,7 @@ def _find(model: nn.Module, example_inputs: Tensor, rules: dict[type[nn.Module],
     trace.run()
     layers = with_bypasses(trace, layers_of(trace, dict(outline.named_parameters(remove_duplicate=False))))
     resizers = {kind: rule.resize for kind, rule in rules.items() if rule.resize is not None}
-    shape = tuple(example_inputs.shape)
+    shape = tuple(example_inputs.shape) if example_inputs.is_floating_point() else ()  # random indices would be out of range
     layers = _tried(Neurons(outline, layers, input_shape=shape, resizers=resizers), x)
     return Neurons(model, layers, input_shape=shape, resizers=resizers)
 
@@ -73,16 +74,43 @@ def check_precision(model: nn.Module) -> None:
             )
 
 
+def _traced(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph:
+    try:
+        return _FxTracer(leaves, sees_buffers=True).trace(model)
+    except Exception:  # its control flow depends on a buffer, which is a constant then
+        return _FxTracer(leaves, sees_buffers=False).trace(model)
+
+
 class _FxTracer(fx.Tracer):
     """Modules with a rule stay whole; every node knows its line."""
 
-    def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, leaves: tuple[type[nn.Module], ...], *, sees_buffers: bool) -> None:
         super().__init__()
         self._leaves = leaves
         self.record_stack_traces = True
+        self.proxy_buffer_attributes = sees_buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*self._leaves, *Convolution, *BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*self._leaves, *Convolution, *Transposed, *BatchNorm, nn.Linear)) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; torch.fx takes it for x = x + y, and the other names of x would be followed as they were."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 def _results(graph: fx.GraphModule, model: nn.Module, example_inputs: Tensor) -> dict[fx.Node, Any]:
@@ -109,38 +137,46 @@ def _tried(neurons: Neurons, x: Tensor) -> list[NeuronLayer]:
     """The layers, those pinned without which the network does not run: a size may be fixed in its code where tracing does not see it."""
     layers = neurons.all_layers
 
-    def error_without(few: list[NeuronLayer], count: int | None) -> str | None:
-        """What running fails with where each of these layers has lost `count` neurons, or all."""
+    def error_without(few: list[NeuronLayer], lost: Callable[[NeuronLayer], int], *, training: bool) -> str | None:
+        """What running fails with where each of these layers has lost so many neurons."""
         keep = {layer.name: torch.ones(layer.num_neurons, dtype=torch.bool) for layer in layers if layer.pinned is None}
         for layer in few:
-            keep[layer.name][: layer.num_neurons if count is None else count] = False
+            keep[layer.name][: lost(layer)] = False
         try:
-            smaller = Removal(neurons, keep).model(neurons.model)
+            smaller = Removal(neurons, keep).model(neurons.model).train(training)
             with torch.no_grad(), x.device:
-                smaller(x)
+                smaller(batch if training else x)
         except Exception as error:  # whatever a network of the user's own raises
             return f"{_first_line(error)}{_where(error)}"
         return None
 
-    def failing(few: list[NeuronLayer], count: int | None) -> dict[str, str]:
+    def failing(few: list[NeuronLayer], lost: Callable[[NeuronLayer], int], *, training: bool = False) -> dict[str, str]:
         """{layer: error}, by halves."""
-        error = error_without(few, count) if few else None
+        error = error_without(few, lost, training=training) if few else None
         if error is None:
             return {}
         if len(few) == 1:
             return {few[0].name: error}
         middle = len(few) // 2
-        return {**failing(few[:middle], count), **failing(few[middle:], count)}
+        return {**failing(few[:middle], lost, training=training), **failing(few[middle:], lost, training=training)}
 
-    whole = error_without([], 0)
+    batch = torch.cat([x, x])  # BatchNorm refuses to train on one value
+    whole = error_without([], lambda _: 0, training=False)
     if whole is not None:
         raise ValueError(f"find_neurons: {type(neurons.model).__name__} does not run: {whole}")
     some = [layer for layer in layers if layer.pinned is None and layer.num_neurons > 1]
-    fixed = failing(some, 1)
+    trains = error_without([], lambda _: 0, training=True) is None
+    fixed = failing(some, lambda _: 1, training=trains)  # auxiliary classifiers are there in training alone
+    # What fails alone may fit when all go together: a random part of the layers, and nearly all of their neurons.
+    choice = random.Random(0)
+    for _ in range(3):
+        part = [layer for layer in some if layer.name not in fixed and choice.random() < 0.5]
+        fixed.update(failing(part, lambda layer: choice.randrange(1, layer.num_neurons)))
+    fixed.update(failing([layer for layer in some if layer.name not in fixed], lambda layer: layer.num_neurons - 1))
     reasons = {name: f"the network does not run without one of them: {error}" for name, error in fixed.items()}
     layers = [replace(layer, pinned=reasons[layer.name]) if layer.name in reasons else layer for layer in layers]
     neurons = Neurons(neurons.model, layers, input_shape=neurons.input_shape, resizers=neurons.resizers)
-    empty = failing([layer for layer in neurons if layer.bypassed], None)
+    empty = failing([layer for layer in neurons if layer.bypassed], lambda layer: layer.num_neurons)
     return [replace(layer, bypassed=layer.bypassed and layer.name not in empty and layer.pinned is None) for layer in layers]
 
 

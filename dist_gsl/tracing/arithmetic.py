@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from dist_gsl.tracing import operations as ops
 from dist_gsl.tracing.following import Following, attribute, evaluated, line
 from dist_gsl.tracing.labels import NONE, Value, thin
+
+OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv}
 
 
 class Arithmetic(Following):
@@ -26,10 +30,13 @@ class Arithmetic(Following):
         if len(node.args) != 2 or node.kwargs:
             self._pin_inputs(node, f"read by {what}")
             return
+        operation = OUT_OF_PLACE.get(operation, operation)
         a, b = node.args
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or not all(isinstance(self.results[n], Tensor) for n in (a, b)):
             # With a number.
             source = next(v for v in (self._value(a), self._value(b)) if v is not None)
+            if isinstance(a, fx.Node) and isinstance(b, fx.Node):  # a number from shapes: it may be the number of channels
+                self.atoms.pin(source.labels, f"read by {what} with a number that the network computes")
             plain = [source.dead if self._value(x) is source else self._plain(x) for x in (a, b)]
             dead = operation(*plain).to(torch.float64)
             self._set(node, Value(source.labels, dead, source.cause if torch.equal(dead, source.dead) else what), in_place=in_place)
@@ -39,7 +46,7 @@ class Arithmetic(Following):
         if x is None or y is None:
             known, other = (x, b) if x is not None else (y, a)
             assert known is not None
-            self._with_foreign(node, known, other, what, is_sum=is_sum, in_place=in_place)
+            self._with_foreign(node, operation, known, other, what, is_sum=is_sum, in_place=in_place)
             return
         rank = len(shape)
         left, right = (_aligned(v, rank) for v in (x, y))
@@ -53,9 +60,12 @@ class Arithmetic(Following):
         cause = left.cause or right.cause
         self._set(node, Value(thin(torch.maximum(labels_a, labels_b)), thin(dead), cause), in_place=in_place)
 
-    def _with_foreign(self, node: fx.Node, known: Value, other: fx.Node, what: str, *, is_sum: bool, in_place: bool) -> None:
+    def _with_foreign(
+        self, node: fx.Node, operation: Callable[..., Any], known: Value, other: fx.Node, what: str, *, is_sum: bool, in_place: bool
+    ) -> None:
         """A sum or product with a value of no neuron: a parameter's elements become part of the neurons."""
         rank, shape = len(self._shape(node)), self._shape(other)
+        is_first = self._value(node.args[0]) is known
         known = _aligned(known, rank)
         varying = known.varying
         tensor = self.names.get(id(attribute(self.model, str(other.target)))) if other.op == "get_attr" else None
@@ -65,22 +75,31 @@ class Arithmetic(Following):
                 labels = known.labels.flatten()
                 self.atoms.tie(self.atoms.of(tensor, dim, shape[dim]), labels)
                 self.understood.add((other, node))
-                self._set(node, known, in_place=in_place)
+                zero = torch.zeros((), dtype=torch.float64)  # the parameter's entry, which dies with the neuron
+                dead = operation(known.dead, zero) if is_first else operation(zero.expand_as(known.dead), known.dead)
+                self._set(node, Value(known.labels, dead, known.cause), in_place=in_place)
                 return
-        if not is_sum and all(_size_at(shape, dim, rank) == 1 for dim in varying) and not bool((known.dead != 0).any()):
+        is_divisor = node.target in ops.QUOTIENTS and not is_first
+        if not is_sum and not is_divisor and all(_size_at(shape, dim, rank) == 1 for dim in varying) and not bool((known.dead != 0).any()):
             self._set(node, known, in_place=in_place)  # zero times anything
             return
         self.atoms.pin(known.labels, f"read by {what} with other values")
 
-    def _spatial(self, node: fx.Node, num_dims: int, operation: Callable[..., Any], what: str) -> None:
-        source = self._value(node.args[0] if node.args else node.kwargs["input"])
+    def _spatial(self, node: fx.Node, num_dims: int, operation: Callable[..., Any], what: str, *, resamples: bool = False) -> None:
+        source = self._value(node.args[0])
         if source is None:
+            return
+        if not isinstance(self.results[node], Tensor):
+            self.atoms.pin(source.labels, f"read by {what}, which gives indices too")
             return
         shape = self._shape(node.all_input_nodes[0])
         if any(dim >= len(shape) - num_dims for dim in source.varying):
             self.atoms.pin(source.labels, f"pooled over its own dimension ({node.name})")
             return
         dead = source.dead
+        if resamples and any(dead.shape[dim] > 1 for dim in range(len(shape) - num_dims, dead.dim())):
+            self.atoms.pin(source.labels, f"read by {source.cause}, not the same everywhere, and then by {what}")
+            return
         if bool((dead != 0).any()):  # padding may make the rim another value
             dead = thin(evaluated(operation, dead.expand(*dead.shape[: len(shape) - num_dims], *shape[len(shape) - num_dims :])))
         self.values[node] = Value(source.labels, dead, source.cause)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from dist_gsl.neurons import NeuronLayer
-from dist_gsl.tracing.tracer import Tracer
+from dist_gsl.tracing.labels import NONE
+from dist_gsl.tracing.tracer import Tracer, has_tensor
 
 
 def with_bypasses(trace: Tracer, layers: list[NeuronLayer]) -> list[NeuronLayer]:
@@ -16,28 +17,37 @@ def with_bypasses(trace: Tracer, layers: list[NeuronLayer]) -> list[NeuronLayer]
 
     In forward order, each that may go beside those before it: of branches that run side by side without a shortcut, the last one stays.
     """
-    makers: dict[tuple[str, int], set[str]] = {}
-    for layer in layers:
+    owner = torch.full((trace.atoms.count,), -1)  # the layer that an atom belongs to
+    for number, layer in enumerate(layers):
         for piece in layer.producers:
-            makers.setdefault((piece.tensor, piece.dim), set()).add(layer.name)
-    gone: set[str] = set()
-    for layer in layers:
-        if layer.pinned is None and _reaches(trace, makers, gone | {layer.name}):
-            gone.add(layer.name)
-    return [replace(layer, bypassed=layer.name in gone) for layer in layers]
+            owner[trace.atoms.places[piece.tensor, piece.dim][piece.index]] = number
+    made_of = {node: _layers_in(trace, node, owner) for node in trace.graph.graph.nodes}
+    gone: set[int] = set()
+    for number, layer in enumerate(layers):
+        if layer.pinned is None and _reaches(trace, made_of, gone | {number}):
+            gone.add(number)
+    return [replace(layer, bypassed=number in gone) for number, layer in enumerate(layers)]
 
 
-def _reaches(trace: Tracer, makers: dict[tuple[str, int], set[str]], gone: Iterable[str]) -> bool:
+def _layers_in(trace: Tracer, node: fx.Node, owner: Tensor) -> set[int] | None:
+    """The layers whose neurons make up what a node gives; None if other values are part of it."""
+    value = trace.values.get(node)
+    if value is None:
+        return None
+    labels = torch.cat([torch.unique(part.labels) for part in (value if isinstance(value, list) else [value])])
+    return None if bool((labels == NONE).any()) else set(torch.unique(owner[labels]).tolist())
+
+
+def _reaches(trace: Tracer, made_of: dict[fx.Node, set[int] | None], gone: set[int]) -> bool:
     """Whether every output depends on the input where the layers `gone` have no neuron."""
-    gone = set(gone)
     live: set[fx.Node] = set()
     for node in trace.graph.graph.nodes:
         if node.op == "placeholder":
             live.add(node)
         elif node.op == "output":
             return all(source in live for source in node.all_input_nodes)
-        elif any(source in live for source in node.all_input_nodes):
-            owners = trace.owners.get(node)
-            if owners is None or not all(makers.get(place, {""}) <= gone for place in owners):
+        elif has_tensor(trace.results[node]) and any(source in live for source in node.all_input_nodes):
+            layers = made_of[node]
+            if layers is None or not layers <= gone:
                 live.add(node)
     return False

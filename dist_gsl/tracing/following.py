@@ -48,8 +48,6 @@ class Following:
         """The label that each position along a tensor's dimension multiplies."""
         self.constants: dict[tuple[str, int], tuple[Tensor, Absorber]] = {}
         """What each position along a tensor's dimension multiplies when the neuron is dead, and what takes the product."""
-        self.owners: dict[fx.Node, list[tuple[str, int]]] = {}
-        """Places whose neurons a node's output consists of, of nodes that make neurons."""
         self.buffers: list[tuple[str, Tensor]] = []
         self.kinds: dict[str, str] = {}
         self.understood: set[tuple[fx.Node, fx.Node]] = set()
@@ -60,9 +58,18 @@ class Following:
             self.names.setdefault(id(tensor), name)
         self.uses: Counter[int] = Counter()
         """How often the graph calls a module with that parameter."""
+        self.by_hand: set[int] = set()
+        """Parameters and buffers that the graph takes outside of their modules."""
+        self.order = {node: place for place, node in enumerate(graph.graph.nodes)}
         for node in graph.graph.nodes:
             if node.op == "call_module":
-                self.uses.update(id(p) for p in self.modules[str(node.target)].parameters())
+                module = self.modules[str(node.target)]
+                self.uses.update(id(t) for t in [*module.parameters(), *module.buffers()])
+            elif node.op == "get_attr":
+                self.by_hand.add(id(attribute(model, str(node.target))))
+            first = next((key for key in ("input", "tensors") if key in node.kwargs), None)
+            if first is not None and not node.args:  # f(input=x) is f(x)
+                node.args, node.kwargs = (node.kwargs[first],), {key: value for key, value in node.kwargs.items() if key != first}
 
     def _value(self, node: Any) -> Value | None:
         value = self.values.get(node) if isinstance(node, fx.Node) else None
@@ -80,9 +87,24 @@ class Following:
         return fx.map_arg(argument, lambda node: self.results[node])
 
     def _set(self, node: fx.Node, value: Value, *, in_place: bool) -> None:
+        if not bool(value.dead.isfinite().all()):
+            self.atoms.pin(value.labels, f"{node.name} makes a zero infinite or no number")
+            value = Value(value.labels, torch.zeros_like(value.dead), value.cause)
         self.values[node] = value
         if in_place:
-            self.values[node.all_input_nodes[0]] = value
+            source = node.all_input_nodes[0]
+            before = self._value(source)
+            if before is None or not torch.equal(*torch.broadcast_tensors(before.dead, value.dead)):
+                self._pin_aliases(node, source, value)
+            self.values[source] = value
+
+    def _pin_aliases(self, node: fx.Node, source: fx.Node, value: Value) -> None:
+        """What changes in place changes under its other names too, which are followed as they were."""
+        memory = _memory(self.results[source])
+        for other, result in self.results.items():
+            read_later = any(self.order[user] > self.order[node] for user in other.users)
+            if other not in (node, source) and self.order[other] < self.order[node] and read_later and _memory(result) == memory:
+                self.atoms.pin(value.labels, f"changed in place by {node.name} and read as {other.name}")
 
     def _pin_inputs(self, node: fx.Node, reason: str) -> None:
         for source in node.all_input_nodes:
@@ -103,6 +125,10 @@ def evaluated(operation: Callable[..., Any], dead: Tensor, *rest: Any) -> Tensor
         if isinstance(operation, nn.Module) and training is not None:
             operation.training = training
     return result.to(torch.float64)
+
+
+def _memory(result: Any) -> int | None:
+    return result.untyped_storage()._cdata if isinstance(result, Tensor) else None
 
 
 def attribute(model: nn.Module, target: str) -> Any:

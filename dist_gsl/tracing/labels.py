@@ -66,15 +66,15 @@ class Atoms:
     def __init__(self) -> None:
         self.places: dict[tuple[str, int], Tensor] = {}
         """The atoms of a tensor's dimension, in its order."""
-        self._count = 0
+        self.count = 0
         self._edges: list[Tensor] = []
         self.pins: list[tuple[Tensor, str]] = []
 
     def of(self, tensor: str, dim: int, size: int) -> Tensor:
         """The atoms of a dimension, new ones where it has none yet."""
         if (tensor, dim) not in self.places:
-            self.places[tensor, dim] = torch.arange(self._count, self._count + size)
-            self._count += size
+            self.places[tensor, dim] = torch.arange(self.count, self.count + size)
+            self.count += size
         return self.places[tensor, dim]
 
     def tie(self, a: Tensor, b: Tensor) -> None:
@@ -91,7 +91,7 @@ class Atoms:
 
     def classes(self) -> Tensor:
         """For each atom the smallest one that goes together with it."""
-        root = torch.arange(self._count)
+        root = torch.arange(self.count)
         if not self._edges:
             return root
         a, b = torch.cat(self._edges, dim=1)

@@ -18,6 +18,10 @@ class Moving(Following):
         if source is None:
             return
         moved = source.moved(self._shape(node.all_input_nodes[0]), operation)
+        if any(not torch.equal(*torch.broadcast_tensors(part.labels, moved[0].labels)) for part in moved[1:]):
+            self.atoms.pin(source.labels, f"taken apart by {node.name}")
+        if node.target in (torch.squeeze, "squeeze") and len(node.args) == 1 and not node.kwargs:
+            self.atoms.pin(source.labels, f"read by {node.name}, which takes a single channel for none")
         self.values[node] = moved[0] if isinstance(self.results[node], Tensor) else moved
         if isinstance(self.results[node], Tensor) and 0 in moved[0].varying:
             self.atoms.pin(moved[0].labels, f"flattened together with what comes before it ({node.name})")
@@ -95,6 +99,14 @@ class Moving(Following):
                 dead.append(value.dead.expand(shape))
                 cause = cause or value.cause
         keep = [d for d in range(rank) if d != dim % rank]
+        for part in labels[1:]:  # along other dimensions all parts keep the same
+            for each, other in ((part, labels[0]), (labels[0], part)):
+                if any(each.stride(d) != 0 and each.shape[d] > 1 for d in keep):
+                    front, other_front = each.narrow(dim, 0, 1), other.narrow(dim, 0, 1)
+                    self.atoms.tie(front, other_front)
+                    self.atoms.tie(each, front)
+                    self.atoms.pin(front[(front == NONE) != (other_front == NONE)], f"read by {what} with other values")
+                    self.atoms.pin(other_front[(front == NONE) != (other_front == NONE)], f"read by {what} with other values")
 
         def joined(tensors: list[Tensor]) -> Tensor:
             for d in keep:  # dimensions along which none varies
@@ -122,9 +134,7 @@ class Moving(Following):
             self.atoms.pin(value.labels, f"read by {what}")
             return
         shape = self._shape(node.all_input_nodes[0])
-        before = {int(n) for n in torch.unique(value.labels)}
         [moved] = value.moved(shape, lambda t: t[plain])
-        after = {int(n) for n in torch.unique(moved.labels)}
-        if before != after:
+        if moved.labels.numel() != thin(value.labels).numel():  # which are taken depends on how many there are
             self.atoms.pin(value.labels, f"read by {what} in part")
         self.values[node] = moved

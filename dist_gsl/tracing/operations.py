@@ -26,8 +26,9 @@ ELEMENTWISE_FUNCTIONS: set[Any] = {
 }  # fmt: skip
 ELEMENTWISE_METHODS = {"relu", "tanh", "sigmoid", "abs", "exp", "clamp", "neg", "square", "sqrt", "contiguous", "float", "double", "clone", "detach"}
 SUMS: set[Any] = {operator.add, operator.iadd, torch.add, operator.sub, operator.isub, torch.sub, "add", "sub"}
-PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, operator.truediv, torch.div, "mul", "div"}
-IN_PLACE: set[Any] = {operator.iadd, operator.isub, operator.imul}
+QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
+PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "div", *QUOTIENTS}
+IN_PLACE: set[Any] = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 # Over windows of the last so many dimensions.
 POOLED_DIMS: dict[object, int] = {
     **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), 1),

@@ -30,7 +30,6 @@ class Producing(Following):
         num_out = module.weight.shape[out_dim]
         is_depthwise = groups > 1 and module.weight.numel() > 0 and module.weight.shape[in_dim if not is_transposed else out_dim] == 1
         rows = self.atoms.of(weight, out_dim, num_out)
-        self.owners[node] = [(weight, out_dim)]
         self.kinds.setdefault(weight, "linear" if is_linear else "conv")
         source = self._value(node.args[0]) if module.weight.numel() else None  # one of no channels reads none
         labels = source.vector(dim, module.weight.shape[in_dim] * (1 if is_transposed else groups)) if source is not None else None
@@ -75,7 +74,9 @@ class Producing(Following):
             labels = by_group[0]
         if bool((source.dead != 0).any()):
             self._fold(node, source, weight, in_dim, dim, groups, module)
-        place = (weight, in_dim)
+        self._reads((weight, in_dim), labels, name)
+
+    def _reads(self, place: tuple[str, int], labels: Tensor, name: str) -> None:
         if place in self.readers:  # the same weights read again
             self.atoms.tie(self.readers[place], labels)
             unknown = (self.readers[place] == NONE) | (labels == NONE)
@@ -107,19 +108,29 @@ class Producing(Following):
 
     def _absorber(self, node: fx.Node, module: Any) -> Absorber | None:
         if module.bias is not None:
-            return Absorber(self.names[id(module.bias)], 1) if self.uses[id(module.bias)] == 1 else None
+            return Absorber(self.names[id(module.bias)], 1) if self._is_its_own(module.bias) else None
         users = list(node.users)
         after = self.modules.get(str(users[0].target)) if len(users) == 1 and users[0].op == "call_module" else None
-        if isinstance(after, ops.BatchNorm) and after.running_mean is not None and self.uses[id(after.weight)] == 1:
+        along_channels = self._channel_dim(node, module) == 1
+        if along_channels and isinstance(after, ops.BatchNorm) and after.running_mean is not None and self._is_its_own(after.running_mean):
             return Absorber(self.names[id(after.running_mean)], -1)
         return None
+
+    def _is_its_own(self, tensor: Tensor) -> bool:
+        """Whether one call of one module is all that uses it."""
+        return self.uses[id(tensor)] == 1 and id(tensor) not in self.by_hand
 
     def _channel_dim(self, node: fx.Node, module: Any) -> int:
         rank = len(self._shape(node))
         return rank - 1 if isinstance(module, nn.Linear) else rank - module.weight.dim() + 1
 
     def _declared(self, node: fx.Node, name: str, module: nn.Module, rule: ModuleRule) -> None:
-        source, shape, dim = self._value(node.args[0]), self._shape(node), rule.channel_dim
+        source, shape = self._value(node.args[0]), self._shape(node)
+        dim = rule.channel_dim % len(shape)
+        for other in node.all_input_nodes:
+            value = self._value(other)
+            if other is not node.args[0] and value is not None:
+                self.atoms.pin(value.labels, f"a second input of {type(module).__name__} {name!r}")
         tensors = dict(module.named_parameters(remove_duplicate=False))
         unknown = sorted({*rule.carries, *rule.reads, *rule.produces} - set(tensors))
         if unknown:
@@ -137,14 +148,13 @@ class Producing(Following):
             tensor = self.names[id(tensors[key])]
             atoms = self.atoms.of(tensor, along, tensors[key].shape[along])
             self.kinds.setdefault(tensor, "conv" if tensors[key].dim() > 2 else "linear")
-            self.owners.setdefault(node, []).append((tensor, along))
             if made is not None:
                 self.atoms.tie(atoms, made)
             made = atoms if made is None else made
         for key, along in rule.reads.items():
             if labels is not None:
-                self.readers[self.names[id(tensors[key])], along] = labels
-        if not rule.produces:
+                self._reads((self.names[id(tensors[key])], along), labels, name)
+        if not rule.produces and not rule.reads:
             made = labels
             for key, along in rule.carries.items():
                 if labels is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dist_gsl.neurons import OUTPUTS
+from dist_gsl.removal import is_empty
 from dist_gsl.tracing import operations as ops
 from dist_gsl.tracing.arithmetic import Arithmetic
 from dist_gsl.tracing.following import attribute, line
@@ -38,9 +39,16 @@ class Tracer(Producing, Arithmetic, Moving):
 
     def _module(self, node: fx.Node, name: str, module: nn.Module) -> None:
         plain = not any("parametrizations" in key for key, _ in module.named_parameters())
+        if not node.args or not isinstance(self.results[node], Tensor):
+            self._pin_inputs(node, f"read by {type(module).__name__} {name!r}, called with keywords or of several results")
+            return
         rule = next((rule for kind, rule in self.rules.items() if isinstance(module, kind)), None)
         if rule is not None:
             self._declared(node, name, module, rule)
+        elif isinstance(module, (*ops.Convolution, *ops.Transposed, nn.Linear, *ops.BatchNorm)) and not is_plain(module):
+            self._pin_inputs(node, f"read by {type(module).__name__} {name!r}, whose forward is its own")
+        elif module._forward_hooks or module._forward_pre_hooks:
+            self._pin_inputs(node, f"read by {name!r}, which has hooks")
         elif isinstance(module, (*ops.Convolution, *ops.Transposed, nn.Linear)):
             self._weighted(node, name, module, plain)
         elif isinstance(module, ops.BatchNorm):
@@ -67,7 +75,10 @@ class Tracer(Producing, Arithmetic, Moving):
             target = target[:-1]
         if not any(self._has_neurons(source) for source in node.all_input_nodes):
             return
-        if target in ops.SHAPE_ONLY or target is getattr or not _has_tensor(self.results[node]):
+        if target in ops.SHAPE_ONLY or not has_tensor(self.results[node]):
+            return
+        if not node.args:
+            self._pin_inputs(node, f"read by {what}, called with keywords alone")
             return
         operation: Callable[..., Any] = getattr(Tensor, target) if is_method else target
         if target in ops.ELEMENTWISE_FUNCTIONS or target in ops.ELEMENTWISE_METHODS:
@@ -94,7 +105,7 @@ class Tracer(Producing, Arithmetic, Moving):
         elif getattr(target, "__name__", "") == "stochastic_depth":
             self._elementwise(node, lambda t, *rest: t, what, in_place=False)
         elif target is F.interpolate:
-            self._spatial(node, len(self._shape(node)) - 2, lambda t: t, what)
+            self._spatial(node, len(self._shape(node)) - 2, lambda t: t, what, resamples=True)
         else:
             self._pin_inputs(node, f"read by {what}{line(node)}")
 
@@ -103,11 +114,18 @@ class Tracer(Producing, Arithmetic, Moving):
             if node.op != "get_attr" or all((node, user) in self.understood for user in node.users):
                 continue
             tensor = self.names.get(id(attribute(self.model, str(node.target))))
-            for known in (self.atoms.places, self.readers):
-                for (name, _), labels in known.items():
-                    if name == tensor:
-                        self.atoms.pin(labels, f"{name!r} is used by hand too ({', '.join(user.name for user in node.users)})")
+            places = [*((name, labels) for known in (self.atoms.places, self.readers) for (name, _), labels in known.items()), *self.buffers]
+            for name, labels in places:
+                if name == tensor:
+                    self.atoms.pin(labels, f"{name!r} is used by hand too ({', '.join(user.name for user in node.users)})")
 
 
-def _has_tensor(result: Any) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether it computes what torch's own class of its kind does."""
+    own = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules"))
+    methods = ("forward", "_conv_forward")
+    return is_empty(module) or all(getattr(type(module), m, None) is getattr(own, m, None) for m in methods)
+
+
+def has_tensor(result: Any) -> bool:
     return isinstance(result, Tensor) or (isinstance(result, (list, tuple)) and any(isinstance(r, Tensor) for r in result))
