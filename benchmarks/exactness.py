@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -188,7 +189,7 @@ def pruned(tp: Any, model: nn.Module, x: Tensor, outputs: list[str]) -> dict[str
 
 
 def one(part: str, name: str) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(json.dumps({"costs": costs, "exactness": exactness, "peer": peer}[part](name)))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_gsl.attention import fit_heads
 from dist_gsl.neurons import NeuronLayer, Neurons, Slice
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -87,10 +88,16 @@ class Removal:
         for prefix, module in smaller.named_modules():
             names = [f"{prefix}.{name}" if prefix else name for store in (module._parameters, module._buffers) for name in store]
             if any(self._first_names.get(name, name) in affected for name in names):
-                weight = self._first_names.get(f"{prefix}.weight" if prefix else "weight", "")
-                filters = self._kept(weight, 0, module.out_channels) if isinstance(module, Convolution) else None
-                set_sizes(module, self._resizers, filters)
+                set_sizes(module, self._resizers, self._rows_kept(model, prefix, module))
         return smaller
+
+    def _rows_kept(self, model: nn.Module, prefix: str, module: nn.Module) -> Tensor | None:
+        """Of the weight of a module that has to know which are left, not only how many."""
+        weight = "weight" if isinstance(module, Convolution) else "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else None
+        if weight is None or getattr(module, weight) is None:
+            return None
+        name = f"{prefix}.{weight}" if prefix else weight
+        return self._kept(self._first_names[name], 0, model.get_parameter(name).shape[0])
 
     def _kept(self, name: str, dim: int, size: int) -> Tensor:
         kept = torch.ones(size, dtype=torch.bool)
@@ -143,21 +150,21 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 def set_sizes(
-    module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn.Module], None]], filters: Tensor | None = None
+    module: nn.Module, resizers: Mapping[type[nn.Module], Callable[[nn.Module], None]], rows: Tensor | None = None
 ) -> None:
     """Makes a module's size attributes say what its tensors are; one without channels gets the class that can do without. A module that
     only holds parameters has none.
 
-    filters: int64, those of a convolution that are left. A group without any is gone: depthwise convolutions lose whole groups, others the
-    same position of each.
+    rows: int64, those of a convolution's or attention's weight that are left. A convolution's group without any is gone: depthwise ones lose
+    whole groups, others the same position of each.
     """
     for kind, resize in resizers.items():
         if isinstance(module, kind):
             resize(module)
             return
     if isinstance(module, Convolution):
-        if module.groups > 1 and filters is not None:
-            module.groups = len(torch.unique(filters // (module.out_channels // module.groups)))
+        if module.groups > 1 and rows is not None:
+            module.groups = len(torch.unique(rows // (module.out_channels // module.groups)))
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
         if module.weight.numel() == 0:
             _become(module, EMPTY_CONVOLUTION)
@@ -171,6 +178,9 @@ def set_sizes(
         module.num_features = module.weight.shape[0]
         if module.num_features == 0:
             _become(module, EMPTY_BATCH_NORM)
+    elif isinstance(module, nn.MultiheadAttention):
+        assert rows is not None
+        fit_heads(module, rows)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]
 

@@ -25,7 +25,7 @@ def randomise_(model: nn.Module, seed: int = 0) -> None:
             continue
         if last == "running_var" or (last in ("weight", "gamma", "layer_scale") and (tensor.dim() == 1 or "layer_scale" in name)):
             tensor.uniform_(0.5, 1.5, generator=generator)
-        elif tensor.dim() > 1 and last == "weight":
+        elif tensor.dim() > 1 and last.endswith("weight"):
             tensor.normal_(0, (1.5 / tensor[0].numel()) ** 0.5, generator=generator)
         elif last != "relative_coords_table" and last != "logit_scale":
             tensor.normal_(0, 0.2, generator=generator)

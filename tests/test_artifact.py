@@ -73,7 +73,7 @@ def test_save_leaves_the_model_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bnet", "bnet-c", "dec8", "resnet18", "googlenet"])
+@pytest.mark.parametrize("name", ["bnet", "bnet-c", "dec8", "resnet18", "googlenet", "vit_b_32"])
 def test_round_trip_of_other_networks(tmp_path: Path, name: str) -> None:
     network: dict[str, Any] = {"name": name, "num_classes": 5, "image_size": 64}
     image = {"channels": 3, "size": 64, "mean": [0.5] * 3, "std": [0.2] * 3, "task": "classification"}

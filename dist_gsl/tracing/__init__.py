@@ -91,7 +91,7 @@ class _FxTracer(fx.Tracer):
         self.proxy_buffer_attributes = sees_buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*self._leaves, *Convolution, *Transposed, *BatchNorm, nn.Linear)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*self._leaves, *Convolution, *Transposed, *BatchNorm, nn.Linear, nn.MultiheadAttention)) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

@@ -21,10 +21,11 @@ def with_bypasses(trace: Tracer, layers: list[NeuronLayer]) -> list[NeuronLayer]
     for number, layer in enumerate(layers):
         for piece in layer.producers:
             owner[trace.atoms.places[piece.tensor, piece.dim][piece.index]] = number
+    inside = {node: set(torch.unique(owner[atoms]).tolist()) for node, atoms in trace.passes.items()}
     made_of = {node: _layers_in(trace, node, owner) for node in trace.graph.graph.nodes}
     gone: set[int] = set()
     for number, layer in enumerate(layers):
-        if layer.pinned is None and _reaches(trace, made_of, gone | {number}):
+        if layer.pinned is None and _reaches(trace, made_of, inside, gone | {number}):
             gone.add(number)
     return [replace(layer, bypassed=number in gone) for number, layer in enumerate(layers)]
 
@@ -38,7 +39,7 @@ def _layers_in(trace: Tracer, node: fx.Node, owner: Tensor) -> set[int] | None:
     return None if bool((labels == NONE).any()) else set(torch.unique(owner[labels]).tolist())
 
 
-def _reaches(trace: Tracer, made_of: dict[fx.Node, set[int] | None], gone: set[int]) -> bool:
+def _reaches(trace: Tracer, made_of: dict[fx.Node, set[int] | None], inside: dict[fx.Node, set[int]], gone: set[int]) -> bool:
     """Whether every output depends on the input where the layers `gone` have no neuron."""
     live: set[fx.Node] = set()
     for node in trace.graph.graph.nodes:
@@ -48,6 +49,7 @@ def _reaches(trace: Tracer, made_of: dict[fx.Node, set[int] | None], gone: set[i
             return all(source in live for source in node.all_input_nodes)
         elif has_tensor(trace.results[node]) and any(source in live for source in node.all_input_nodes):
             layers = made_of[node]
-            if layers is None or not layers <= gone:
+            is_cut = node in inside and inside[node] <= gone
+            if not is_cut and (layers is None or not layers <= gone):
                 live.add(node)
     return False

@@ -50,6 +50,12 @@ class Following:
         """What each position along a tensor's dimension multiplies when the neuron is dead, and what takes the product."""
         self.buffers: list[tuple[str, Tensor]] = []
         self.kinds: dict[str, str] = {}
+        self.titles: list[tuple[Tensor, str]] = []
+        """Atoms, and what their layer is called where the module's name does not say it."""
+        self.read_inside: list[Tensor] = []
+        """Atoms that the module which makes them reads itself."""
+        self.passes: dict[fx.Node, Tensor] = {}
+        """Atoms through which alone a node's input reaches what it gives."""
         self.understood: set[tuple[fx.Node, fx.Node]] = set()
         """Uses of parameters outside of their modules that became part of neurons."""
         # A parameter under several names is one.

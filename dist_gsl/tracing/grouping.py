@@ -43,6 +43,10 @@ def layers_of(trace: Tracer, parameters: Mapping[str, Tensor]) -> list[NeuronLay
         came_from.update((to, (pair[0], number)) for to, pair in zip(new, pairs.T.tolist(), strict=True))
         owned[classes] = torch.tensor(new, dtype=torch.int64)[which]
     names: Counter[str] = Counter()
+    titles = {int(member): title for atoms, title in trace.titles for member in torch.unique(root[atoms])}
+    read_inside = torch.zeros(len(root), dtype=torch.bool)
+    for atoms in trace.read_inside:
+        read_inside[root[atoms]] = True
     found = []
     roots = torch.unique(root)
     kinds, first = _first_of_each(owned[roots])
@@ -63,7 +67,7 @@ def layers_of(trace: Tracer, parameters: Mapping[str, Tensor]) -> list[NeuronLay
             slices[role].append(Slice(tensor, dim, index, constants[index], absorber) if role == "reader" and taken and constants is not None
                                 else Slice(tensor, dim, index))
         owner = next((piece.tensor for piece in slices["producer"] if piece.tensor in trace.kinds), slices["producer"][0].tensor)
-        name = owner.rpartition(".")[0] or owner
+        name = titles.get(int(members[0])) or owner.rpartition(".")[0] or owner
         names[name] += 1
         size = sum(
             parameters[piece.tensor].numel() // parameters[piece.tensor].shape[piece.dim] * piece.index.shape[1] for piece in slices["producer"]
@@ -73,7 +77,7 @@ def layers_of(trace: Tracer, parameters: Mapping[str, Tensor]) -> list[NeuronLay
                 name=name if names[name] == 1 else f"{name}#{names[name]}", kind=trace.kinds.get(owner, "conv"),
                 producers=tuple(slices["producer"]), buffers=tuple(slices["buffer"]), readers=tuple(slices["reader"]), group_size=size,
                 starting_neurons=len(members), indices=torch.arange(len(members)), mask=torch.ones(len(members), dtype=torch.bool),
-                pinned=reasons[int(pinned[members[0]])] or (None if slices["reader"] else "nothing reads it"),
+                pinned=reasons[int(pinned[members[0]])] or (None if slices["reader"] or read_inside[members].all() else "nothing reads it"),
             )
         )  # fmt: skip
     return found

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dist_gsl.attention import UnevenMultiheadAttention
 from dist_gsl.removal import BatchNorm, Convolution, Transposed
 
 __all__ = ["BatchNorm", "Convolution", "Transposed"]
@@ -46,6 +47,7 @@ MOVES: set[Any] = {
 RESHAPES: set[Any] = {torch.reshape, "view", "reshape", "unflatten", torch.unflatten, "expand"}
 CHUNKS: set[Any] = {torch.chunk, "chunk"}
 SPLITS: set[Any] = {torch.split, "split", torch.tensor_split, "tensor_split"}
+ATTENTION = (nn.MultiheadAttention, UnevenMultiheadAttention)
 SHAPE_ONLY = {"size", "dim", "numel"}
 """Read the shape of a value and not the value."""
 

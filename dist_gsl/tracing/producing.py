@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dist_gsl.attention import heads_of
 from dist_gsl.neurons import Absorber
 from dist_gsl.tracing import operations as ops
 from dist_gsl.tracing.following import Following, ModuleRule
@@ -123,6 +124,47 @@ class Producing(Following):
     def _channel_dim(self, node: fx.Node, module: Any) -> int:
         rank = len(self._shape(node))
         return rank - 1 if isinstance(module, nn.Linear) else rank - module.weight.dim() + 1
+
+    def _attention(self, node: fx.Node, name: str, module: nn.MultiheadAttention) -> None:
+        """A channel of queries and the same of keys are one neuron, which only their products read; a channel of values is one, which the
+        projection after it reads. Channels that it gets and makes are as those of a linear layer."""
+        weight, out = self.names.get(id(module.in_proj_weight)), module.out_proj
+        plain = weight is not None and module.bias_k is None and not module.add_zero_attn and type(out).forward is nn.Linear.forward
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, out))
+        if weight is None or not plain or hooked or id(out.weight) not in self.names or self.uses[id(module.in_proj_weight)] > 1:
+            self._pin_inputs(node, f"read by MultiheadAttention {name!r}, which has more to it than heads")
+            return
+        given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+        sources = [given[key] for key in ("query", "key", "value")]
+        for other in node.all_input_nodes:
+            if other not in sources and (value := self._value(other)) is not None:
+                self.atoms.pin(value.labels, f"a mask of MultiheadAttention {name!r}")
+        width = module.in_proj_weight.shape[1]
+        for source in dict.fromkeys(sources):
+            value = self._value(source)
+            labels = None if value is None else value.vector(len(self._shape(source)) - 1, width)
+            if value is not None and labels is None:
+                self.atoms.pin(value.labels, f"read by {name!r} along another dimension")
+            elif value is not None and bool((value.dead != 0).any()):
+                self.atoms.pin(value.labels, f"read by {value.cause}, and then by MultiheadAttention {name!r}")
+            self._reads((weight, 1), torch.full((width,), NONE) if labels is None else labels, name)
+        query_key, values = (len(heads) for heads in heads_of(module))
+        rows = self.atoms.of(weight, 0, 2 * query_key + values)
+        q, k, v = rows.split([query_key, query_key, values])
+        self.atoms.tie(q, k)
+        if module.in_proj_bias is not None:
+            self.atoms.tie(self.atoms.of(self.names[id(module.in_proj_bias)], 0, len(rows)), rows)
+        self.read_inside.append(q)
+        self._reads((self.names[id(out.weight)], 1), v, f"{name}.out_proj")
+        made = self.atoms.of(self.names[id(out.weight)], 0, out.weight.shape[0])
+        if out.bias is not None:
+            self.atoms.tie(self.atoms.of(self.names[id(out.bias)], 0, len(made)), made)
+        self.kinds.update({weight: "linear", self.names[id(out.weight)]: "linear"})
+        self.titles += [(q, f"{name}.query_key"), (v, f"{name}.value")]
+        self.passes[node] = v
+        zero = torch.zeros([1] * len(self._shape(sources[0])), dtype=torch.float64)
+        nothing = Value(torch.full([1], NONE), zero)
+        self.values[node] = [Value(made.view(*zero.shape[:-1], -1), zero), nothing]
 
     def _declared(self, node: fx.Node, name: str, module: nn.Module, rule: ModuleRule) -> None:
         source, shape = self._value(node.args[0]), self._shape(node)

@@ -39,11 +39,11 @@ class Tracer(Producing, Arithmetic, Moving):
 
     def _module(self, node: fx.Node, name: str, module: nn.Module) -> None:
         plain = not any("parametrizations" in key for key, _ in module.named_parameters())
-        if not node.args or not isinstance(self.results[node], Tensor):
+        if isinstance(module, nn.MultiheadAttention) and type(module) in ops.ATTENTION and type(module) not in self.rules:
+            self._attention(node, name, module)
+        elif not node.args or not isinstance(self.results[node], Tensor):
             self._pin_inputs(node, f"read by {type(module).__name__} {name!r}, called with keywords or of several results")
-            return
-        rule = next((rule for kind, rule in self.rules.items() if isinstance(module, kind)), None)
-        if rule is not None:
+        elif (rule := next((rule for kind, rule in self.rules.items() if isinstance(module, kind)), None)) is not None:
             self._declared(node, name, module, rule)
         elif isinstance(module, (*ops.Convolution, *ops.Transposed, nn.Linear, *ops.BatchNorm)) and not is_plain(module):
             self._pin_inputs(node, f"read by {type(module).__name__} {name!r}, whose forward is its own")
@@ -114,6 +114,11 @@ class Tracer(Producing, Arithmetic, Moving):
             if node.op != "get_attr" or all((node, user) in self.understood for user in node.users):
                 continue
             tensor = self.names.get(id(attribute(self.model, str(node.target))))
+            module, _, last = str(tensor).rpartition(".")
+            if last == "weight" and isinstance(self.modules.get(module), nn.Linear) and (tensor, 0) not in self.atoms.places:
+                assert tensor is not None  # its channels are neurons too
+                self.atoms.of(tensor, 0, self.results[node].shape[0])
+                self.kinds.setdefault(tensor, "linear")
             places = [*((name, labels) for known in (self.atoms.places, self.readers) for (name, _), labels in known.items()), *self.buffers]
             for name, labels in places:
                 if name == tensor:

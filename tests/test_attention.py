@@ -1,0 +1,158 @@
+"""Attention loses heads and channels of heads, exactly, and still does all that torch's does."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_gsl import compact, find_neurons
+from dist_gsl.attention import UnevenMultiheadAttention
+from tests.exactness import check_exact, differences, kill_a_third_, randomise_
+
+WIDTH, HEADS = 12, 3
+
+
+class Encoder(nn.Module):
+    """linear -> attention, with or without a shortcut -> linear; what is given to the attention is chosen by the test."""
+
+    def __init__(self, *, shortcut: bool = True, batch_first: bool = True, bias: bool = True, cross: bool = False, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.memory, self.last = nn.Linear(5, WIDTH), nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=batch_first)
+        self.shortcut, self.cross, self.options = shortcut, cross, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        m = self.memory(x) if self.cross else h
+        attended, weights = self.attention(h, m, m, **self.options)
+        out = self.last(h + attended if self.shortcut else attended)
+        return out + weights.square().mean() if self.options.get("need_weights", True) else out
+
+
+MASKED = torch.ones(7, 7, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"need_weights": False}, {}, {"shortcut": False}, {"batch_first": False}, {"bias": False}, {"cross": True}, {"average_attn_weights": False},
+        {"attn_mask": MASKED, "need_weights": False}, {"attn_mask": MASKED, "is_causal": True, "need_weights": False},
+    ],
+)  # fmt: skip
+def test_channels_of_heads_and_whole_heads_go_unnoticed(options: dict[str, Any]) -> None:
+    model = Encoder(**options)
+    randomise_(model)
+    x = torch.randn(2, 7, 5)
+    neurons = find_neurons(model, x)
+    query_key, value = neurons["attention.query_key"], neurons["attention.value"]
+    assert (query_key.num_neurons, value.num_neurons) == (WIDTH, WIDTH)
+    assert query_key.group_size == 2 * (WIDTH + model.attention.in_proj_bias.numel() // (3 * WIDTH) if options.get("bias", True) else WIDTH)
+    # A head without values, one without queries, one with a few of both: channels 0 to 3, 4 to 7, 8 to 11.
+    neurons.zero_({"attention.value": [0, 1, 2, 3, 9], "attention.query_key": [4, 5, 6, 7, 8, 11]})
+    check_exact(model, neurons, x)
+    attention = compact(model, neurons).model.attention
+    assert isinstance(attention, UnevenMultiheadAttention)
+    assert attention.value_heads == (1, 1, 1, 1, 2, 2, 2)
+    assert attention.query_key_heads == (0, 0, 0, 0, 2, 2)
+    assert attention.in_proj_weight.shape[0] == 2 * 6 + 7
+
+
+def test_a_live_channel_is_missed() -> None:
+    model = Encoder(need_weights=False)
+    randomise_(model)
+    x = torch.randn(2, 7, 5)
+    neurons = find_neurons(model, x)
+    for name in ("attention.query_key", "attention.value"):
+        other = neurons.bound_to(copy.deepcopy(model))
+        other.zero_({name: [5]})
+        assert (model(x) - other.model(x)).abs().max() > 1e-3
+
+
+def test_all_of_it_goes_where_there_is_a_way_around_it() -> None:
+    x = torch.randn(2, 7, 5)
+    assert not find_neurons(Encoder(shortcut=False), x)["attention.value"].bypassed
+    model = Encoder(need_weights=False)
+    randomise_(model)
+    neurons = find_neurons(model, x)
+    assert neurons["attention.value"].bypassed
+    neurons.zero_({"attention.value": range(WIDTH), "attention.query_key": range(WIDTH)})
+    check_exact(model, neurons, x)
+    assert compact(model, neurons).model.get_parameter("attention.in_proj_weight").numel() == 0
+
+
+def test_it_shrinks_again_and_is_followed_again() -> None:
+    model = Encoder(need_weights=False)
+    randomise_(model)
+    x = torch.randn(2, 7, 5)
+    neurons = find_neurons(model, x)
+    neurons.zero_({"attention.value": [1, 2, 11], "attention.query_key": [0, 9]})
+    once = compact(model, neurons)
+    once.neurons.zero_({"attention.value": [0, 8], "attention.query_key": [3]})
+    check_exact(once.model, once.neurons, x)
+    assert once.neurons["attention.value"].indices[[0, 8]].tolist() == [0, 10]
+    again = find_neurons(once.model, x)
+    assert again["attention.value"].num_neurons == 9
+    assert again["attention.query_key"].num_neurons == 10
+    kill_a_third_(again)
+    check_exact(once.model, again, x)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_the_smaller_one_takes_what_torchs_takes(need_weights: bool) -> None:
+    """Masks of both kinds and shapes, one sequence without a batch, weights by head."""
+    model = Encoder(need_weights=False)
+    randomise_(model)
+    neurons = find_neurons(model, torch.randn(2, 7, 5))
+    neurons.zero_({"attention.value": [0, 1, 2, 3, 9], "attention.query_key": [4, 8]})
+    whole, small = (m.double().get_submodule("attention") for m in (model, compact(model, neurons).model))
+    query, key = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.randn(2, 6, WIDTH, dtype=torch.float64)
+    blocked = torch.rand(2 * HEADS, 5, 6) < 0.3
+    blocked[..., 0] = False
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    cases: list[dict[str, Any]] = [
+        {}, {"attn_mask": blocked}, {"attn_mask": blocked[0]}, {"key_padding_mask": padding}, {"attn_mask": blocked[1], "key_padding_mask": padding},
+        {"attn_mask": torch.randn(5, 6, dtype=torch.float64)}, {"average_attn_weights": False},
+    ]  # fmt: skip
+    for case in cases:
+        for q, k in ((query, key), (query[0], key[0])):
+            if q.dim() == 2 and ("key_padding_mask" in case or case.get("attn_mask") is blocked):
+                continue
+            expected, given = (m(q, k, k, need_weights=need_weights, **case) for m in (whole, small))
+            torch.testing.assert_close(given[0], expected[0], rtol=0, atol=1e-12)
+            if need_weights:
+                torch.testing.assert_close(given[1], expected[1], rtol=0, atol=1e-12)
+
+
+class Unlike(nn.MultiheadAttention):
+    def forward(self, *given: Any, **options: Any) -> Any:
+        out, weights = super().forward(*given, **options)
+        return out + 1, weights
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True, batch_first=True), nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True, batch_first=True),
+        Unlike(WIDTH, HEADS, batch_first=True),
+    ],
+)  # fmt: skip
+def test_attention_of_another_kind_stays(attention: nn.MultiheadAttention) -> None:
+    model = Encoder(need_weights=False)
+    model.attention = attention
+    neurons = find_neurons(model, torch.randn(2, 7, 5))
+    assert not any(layer.name.startswith("attention") for layer in neurons)
+    kill_a_third_(neurons)
+    check_exact(model, neurons, torch.randn(2, 7, 5))
+
+
+def test_training_goes_on_as_with_the_whole_one() -> None:
+    model = Encoder(need_weights=False)
+    randomise_(model)
+    x = torch.randn(4, 7, 5)
+    neurons = find_neurons(model, x)
+    neurons.zero_({"attention.value": [0, 1, 2, 3], "attention.query_key": [5]})
+    small = compact(model, neurons).model
+    assert differences(model, neurons, small, x, training=True).worst <= 1e-12
