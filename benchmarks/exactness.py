@@ -36,6 +36,8 @@ import dist_gsl
 from dist_gsl.models import torchvision_models
 from tests.exactness import check_exact, kill_a_third_, moved_by_one_live_neuron, randomise_, without_randomness_
 
+PEER_GIB, PEER_S = 12, 600
+"""What torch-pruning may take of memory and time for a network; Swin's take all that there is."""
 PATCH = {"vit_h_14": 14, "vit_b_32": 32, "vit_l_32": 32}
 
 
@@ -136,8 +138,9 @@ def peer(name: str) -> dict[str, Any]:
             continue
         prune = graph.get_pruner_of_module(module).prune_out_channels
         size = module.weight.shape[0]
+        step = within_groups(graph.get_pruning_group(module, prune, idxs=[0]), size)
         for channel in {0, size // 2, size - 1}:
-            group = graph.get_pruning_group(module, prune, idxs=[channel])
+            group = graph.get_pruning_group(module, prune, idxs=list(range(channel % step, size, step)))
             theirs = {
                 (names[dep.target.module], int(i)) for dep, indices in group if graph.is_out_channel_pruning_fn(dep.handler)
                 and isinstance(dep.target.module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.BatchNorm1d) for i in indices
@@ -151,6 +154,13 @@ def peer(name: str) -> dict[str, Any]:
     return {"same": same, "different": different, "example": example, **pruned(tp, model, x, outputs)}
 
 
+def within_groups(group: Any, size: int) -> int:
+    """How many channels each group has of the grouped convolutions that a pruning group meets; depthwise ones aside. As its own pruners do,
+    as many are taken from each."""
+    convolutions = [dep.target.module for dep, _ in group if isinstance(dep.target.module, nn.Conv2d)]
+    return size // max((c.groups for c in convolutions if c.groups < c.in_channels), default=1)
+
+
 def pruned(tp: Any, model: nn.Module, x: Tensor, outputs: list[str]) -> dict[str, Any]:
     """Sets a random third of each of its groups to zero, all that the group says produces the channel, and prunes them."""
     model = copy.deepcopy(model)
@@ -161,8 +171,7 @@ def pruned(tp: Any, model: nn.Module, x: Tensor, outputs: list[str]) -> dict[str
     for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=[nn.Conv2d, nn.Linear]):
         root, handler = group[0].dep.target.module, group[0].dep.handler
         size = graph.get_out_channels(root)
-        groups = getattr(root, "groups", 1)
-        step = size // groups if groups > 1 and groups != size else size
+        step = within_groups(group, size)
         picks = torch.randperm(step, generator=generator)[: step // 3].tolist()
         indices = [p + step * g for p in picks for g in range(size // step)]
         if indices:
@@ -190,11 +199,17 @@ def pruned(tp: Any, model: nn.Module, x: Tensor, outputs: list[str]) -> dict[str
 
 def one(part: str, name: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if part == "peer":
+        resource.setrlimit(resource.RLIMIT_DATA, (PEER_GIB << 30, PEER_GIB << 30))
     print(json.dumps({"costs": costs, "exactness": exactness, "peer": peer}[part](name)))
 
 
 def run(part: str, name: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--part", part, name], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([sys.executable, __file__, "--part", part, name], capture_output=True, text=True, check=False,
+                              timeout=PEER_S if part == "peer" else None)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {PEER_S} s"}
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]

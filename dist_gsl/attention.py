@@ -30,6 +30,8 @@ class UnevenMultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
         attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if is_causal and attn_mask is None:
+            raise RuntimeError("attention: is_causal says what attn_mask is, and needs it")
         is_batched = query.dim() == 3
         if not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))

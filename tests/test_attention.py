@@ -156,3 +156,13 @@ def test_training_goes_on_as_with_the_whole_one() -> None:
     neurons.zero_({"attention.value": [0, 1, 2, 3], "attention.query_key": [5]})
     small = compact(model, neurons).model
     assert differences(model, neurons, small, x, training=True).worst <= 1e-12
+
+
+def test_a_hint_without_its_mask_is_refused_as_torch_refuses_it() -> None:
+    model = Encoder(need_weights=False)
+    neurons = find_neurons(model, torch.randn(2, 7, 5))
+    neurons.zero_({"attention.value": [0]})
+    x = torch.randn(2, 7, WIDTH)
+    for network in (model, compact(model, neurons).model):
+        with pytest.raises(RuntimeError, match="attn_mask"):
+            network.get_submodule("attention")(x, x, x, is_causal=True)
