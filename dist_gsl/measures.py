@@ -13,7 +13,8 @@ from dist_gsl.neurons import OUTPUTS, NeuronLayer, Neurons, Slice
 
 @dataclass(frozen=True)
 class Measures:
-    """Percent, as in the paper's tables; over convolution layers except where said."""
+    """Percent, as in the paper's tables; over convolution layers except where said. In a network whose convolutions have no neurons to
+    lose, as a transformer or a perceptron, over its hidden layers instead."""
 
     neurons: float
     """Share of the convolution neurons that is zero."""
@@ -35,13 +36,14 @@ class Measures:
 def measure(model: nn.Module, neurons: Neurons) -> Measures:
     """The four measures of a network, before or after its dead neurons were removed.
 
-    Totals are those of the starting network; layers whose neurons are pinned count as alive. A network without
-    convolutions has 0 in the first three.
+    Totals are those of the starting network; layers whose neurons are pinned count as alive.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sizes = _Sizes(neurons, parameters)
     convolutions = [layer for layer in neurons.all_layers if layer.kind == "conv"]
     hidden = [layer for layer in neurons.all_layers if layer.pinned != OUTPUTS]  # outputs are no neurons
+    if all(layer.pinned is not None for layer in convolutions):
+        convolutions = hidden
     last = [layer for layer in neurons.all_layers if layer.kind == "linear"][-1:]
     owned = [piece.tensor for layer in convolutions for piece in layer.producers]
     conv_tensors = list({parameters[name]: name for name in owned}.values())  # a shared one counts once

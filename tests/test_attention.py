@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_gsl import compact, find_neurons
+from dist_gsl import compact, find_neurons, measure
 from dist_gsl.attention import UnevenMultiheadAttention
 from tests.exactness import check_exact, differences, kill_a_third_, randomise_
 
@@ -156,6 +156,21 @@ def test_training_goes_on_as_with_the_whole_one() -> None:
     neurons.zero_({"attention.value": [0, 1, 2, 3], "attention.query_key": [5]})
     small = compact(model, neurons).model
     assert differences(model, neurons, small, x, training=True).worst <= 1e-12
+
+
+def test_measures_speak_of_hidden_layers_where_there_is_no_convolution() -> None:
+    model = Encoder(need_weights=False)
+    randomise_(model)
+    neurons = find_neurons(model, torch.randn(2, 7, 5))
+    neurons.zero_({"attention.value": [0, 1, 2, 3], "attention.query_key": [5]})
+    found, small = measure(model, neurons), compact(model, neurons)
+    sizes = [{name: p.numel() for name, p in m.named_parameters() if not name.startswith("memory")} for m in (model, small.model)]
+    hidden = sum(size for name, size in sizes[0].items() if not name.startswith("last"))
+    in_groups = 4 * (WIDTH + 1) + 2 * (WIDTH + 1)
+    assert found.group_param == found.total_param == pytest.approx(100 * in_groups / hidden)
+    assert found.total_induced == pytest.approx(100 * (1 - sum(sizes[1].values()) / sum(sizes[0].values())))
+    assert found.neurons == found.all_neurons == pytest.approx(100 * 5 / (3 * WIDTH))
+    assert measure(small.model, small.neurons) == found
 
 
 def test_a_hint_without_its_mask_is_refused_as_torch_refuses_it() -> None:
