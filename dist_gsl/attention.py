@@ -34,8 +34,8 @@ class UnevenMultiheadAttention(nn.MultiheadAttention):
             raise RuntimeError("attention: is_causal says what attn_mask is, and needs it")
         is_batched = query.dim() == 3
         if not is_batched:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-        elif not self.batch_first:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        elif self.batch_first:  # as torch does, which is why `x += attention(x, x, x)[0]` can be trained: what is kept for it is a copy
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         sizes = [len(self.query_key_heads), len(self.query_key_heads), len(self.value_heads)]
         weights = self.in_proj_weight.split(sizes)
@@ -46,7 +46,8 @@ class UnevenMultiheadAttention(nn.MultiheadAttention):
                 (query, key, value), weights, biases, (self.query_key_places, self.query_key_places, self.value_places), strict=True
             )
         )
-        mask = self._mask(q, attn_mask, key_padding_mask)
+        by_order = is_causal and key_padding_mask is None and not need_weights  # what attn_mask says then
+        mask = None if by_order else self._mask(q, attn_mask, key_padding_mask)
         scale, dropout = self.head_dim**-0.5, self.dropout if self.training else 0.0
         given: Tensor | None = None
         if need_weights:
@@ -56,12 +57,25 @@ class UnevenMultiheadAttention(nn.MultiheadAttention):
             out = given @ v
             given = given.mean(1) if average_attn_weights else given
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
-        # (batch, heads, positions, channels) -> (batch, positions, channels that are left)
-        out = self.out_proj(out.transpose(1, 2).flatten(2).index_select(2, self.value_order))
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=by_order, scale=scale)
+        # (batch, heads, positions, channels) -> (positions, batch, channels that are left)
+        out = self.out_proj(out.permute(2, 0, 1, 3).flatten(2).index_select(2, self.value_order))
         if not is_batched:
-            return out.squeeze(0), None if given is None else given.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), given
+            return out.squeeze(1), None if given is None else given.squeeze(0)
+        return out.transpose(0, 1) if self.batch_first else out, given
+
+    def _place(self) -> None:
+        """Writes what follows from the heads."""
+        device: Any = self.in_proj_weight.device
+        for name, heads in (("query_key_places", self.query_key_heads), ("value_places", self.value_heads)):
+            self.register_buffer(name, _places(heads, self.num_heads).to(device), persistent=False)
+        stands = _places(self.value_heads, self.num_heads).flatten()
+        order = torch.argsort(stands, stable=True)[: len(self.value_heads)].clone()  # channel by channel, those that stand for none are last
+        self.register_buffer("value_order", order.to(device), persistent=False)
+
+    def _load_from_state_dict(self, *given: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*given, **options)
+        self._place()  # it may have come from another device, or from nowhere
 
     def _mask(self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
         """What is added to the logits, (batch or 1, heads or 1, queries, keys)."""
@@ -82,9 +96,9 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _by_head(x: Tensor, places: Tensor) -> Tensor:
-    """(batch, positions, channels) -> (batch, heads, positions, channels of the widest head), with zeros where a head has fewer."""
+    """(positions, batch, channels) -> (batch, heads, positions, channels of the widest head), with zeros where a head has fewer."""
     heads: Tensor = F.pad(x, (0, 1)).index_select(2, places.flatten()).unflatten(2, tuple(places.shape))
-    return heads.transpose(1, 2)
+    return heads.permute(1, 2, 0, 3)
 
 
 def heads_of(module: nn.MultiheadAttention) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -99,6 +113,9 @@ def fit_heads(module: nn.MultiheadAttention, kept: Tensor) -> None:
     """Makes a module whose rows of `in_proj_weight` were cut to `kept` (int64, of those before) work with the heads that are left."""
     query_key, value = heads_of(module)
     rows = kept.tolist()
+    square = (module.embed_dim, module.embed_dim)
+    if len(rows) == 3 * module.embed_dim and module.in_proj_weight.shape[1] == module.embed_dim and module.out_proj.weight.shape == square:
+        return  # all of it
     queries = [r for r in rows if r < len(query_key)]
     values = [r - 2 * len(query_key) for r in rows if r >= 2 * len(query_key)]
     if len(rows) != 2 * len(queries) + len(values):
@@ -108,12 +125,7 @@ def fit_heads(module: nn.MultiheadAttention, kept: Tensor) -> None:
     module.query_key_heads, module.value_heads = tuple(query_key[r] for r in queries), tuple(value[r] for r in values)
     # torch's encoder layers read the weights past forward where these say that they may.
     module._qkv_same_embed_dim = False
-    device: Any = module.in_proj_weight.device
-    for name, heads in (("query_key_places", module.query_key_heads), ("value_places", module.value_heads)):
-        module.register_buffer(name, _places(heads, module.num_heads).to(device), persistent=False)
-    stands = _places(module.value_heads, module.num_heads).flatten()
-    order = torch.argsort(stands, stable=True)[: len(module.value_heads)].clone()  # channel by channel, those that stand for none are last
-    module.register_buffer("value_order", order.to(device), persistent=False)
+    module._place()
 
 
 def _places(heads: tuple[int, ...], num_heads: int) -> Tensor:

@@ -104,6 +104,8 @@ class NeuronLayer:
     """bool (num_neurons,): True is alive. Death is this mask, never inferred from zeros."""
     pinned: str | None = None
     """Why these neurons cannot be removed; None: they can."""
+    partners: tuple[str, ...] = ()
+    """Layers that read this one inside of a module, as attention's values read its queries and keys."""
     bypassed: bool = False
     """A way from the network's input to its output leads around these neurons, so that all of them may die: what is left of a residual
     branch is a constant then."""
@@ -231,8 +233,10 @@ class Neurons:
         found = {}
         for layer in self:
             reading = {id(r): r for piece in layer.readers for r in producers.get(piece.tensor, [])}
-            # What no layer produces may be read by anything.
-            found[layer.name] = list(reading.values()) if all(piece.tensor in producers for piece in layer.readers) else [layer]
+            inside = [other for other in self.all_layers if other.name in layer.partners]
+            # What no layer produces may be read by anything, and so may what no weight reads.
+            known = bool(layer.readers or inside) and all(piece.tensor in producers for piece in layer.readers)
+            found[layer.name] = [*reading.values(), *inside] if known else [layer]
         return found
 
     def _feeders(self, layer: NeuronLayer) -> list[NeuronLayer]:

@@ -181,3 +181,100 @@ def test_a_hint_without_its_mask_is_refused_as_torch_refuses_it() -> None:
     for network in (model, compact(model, neurons).model):
         with pytest.raises(RuntimeError, match="attn_mask"):
             network.get_submodule("attention")(x, x, x, is_causal=True)
+
+
+class Net(nn.Module):
+    def __init__(self, function: Any, **members: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def attention(**options: Any) -> nn.MultiheadAttention:
+    return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options)
+
+
+def test_queries_stay_where_the_input_is_seen_through_them_alone() -> None:
+    """Keys and values are learned: without queries the output would not depend on the input."""
+    book = Net(lambda m, x: m.last(m.a(m.first(x), m.book.expand(2, 3, WIDTH), m.book.expand(2, 3, WIDTH))[0]),
+               first=nn.Linear(5, WIDTH), a=attention(), last=nn.Linear(WIDTH, 4), book=nn.Parameter(torch.randn(1, 3, WIDTH)))  # fmt: skip
+    weights = Net(lambda m, x: m.last(m.a(m.first(x), m.first(x), m.first(x))[1]), first=nn.Linear(5, WIDTH), a=attention(), last=nn.Linear(7, 4))
+    for model in (book, weights):
+        neurons = find_neurons(model, torch.randn(2, 7, 5))
+        assert not neurons["a.query_key"].bypassed
+    assert not find_neurons(book, torch.randn(2, 7, 5))["a.value"].bypassed
+
+
+def test_queries_without_values_die_with_them() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k = m.q(m.first(x)), m.k(m.first(x))
+        return m.last(m.first(x) + m.a(q, k, m.first(x), need_weights=False)[0])
+
+    layers = {name: nn.Linear(WIDTH, WIDTH) for name in ("q", "k")}
+    model = Net(forward, first=nn.Linear(5, WIDTH), a=attention(), last=nn.Linear(WIDTH, 4), **layers)
+    randomise_(model)
+    x = torch.randn(2, 7, 5)
+    neurons = find_neurons(model, x)
+    neurons.zero_({"a.value": range(WIDTH)})
+    assert not neurons["a.query_key"].mask.any()
+    check_exact(model, neurons, x)
+    taken = Net(lambda m, x: m.last(m.first(x) + m.a(m.first(x), m.first(x), m.first(x))[0]) + m.a(m.first(x), m.first(x), m.first(x))[1].sum(),
+                first=nn.Linear(5, WIDTH), a=attention(), last=nn.Linear(WIDTH, 4))  # fmt: skip
+    neurons = find_neurons(taken, x)
+    neurons.zero_({"a.value": range(WIDTH)})
+    assert neurons["a.query_key"].mask.all()  # the weights of attention are seen elsewhere
+
+
+@pytest.mark.parametrize("how", ["called twice", "two with the same weights"])
+def test_shared_attention_is_followed(how: str) -> None:
+    model = Net(lambda m, x: m.last(m.b(m.a(m.first(x), m.first(x), m.first(x))[0], m.first(x), m.first(x))[0]),
+                first=nn.Linear(5, WIDTH), a=attention(), b=attention(), last=nn.Linear(WIDTH, 4))  # fmt: skip
+    if how == "called twice":
+        model.b = model.a
+    else:
+        for name in ("in_proj_weight", "in_proj_bias"):
+            model.get_submodule("b").register_parameter(name, model.get_parameter(f"a.{name}"))
+    randomise_(model)
+    x = torch.randn(2, 7, 5)
+    neurons = find_neurons(model, x)
+    assert neurons["a.value"].num_neurons == WIDTH
+    assert kill_a_third_(neurons) > 8
+    check_exact(model, neurons, x)
+
+
+def test_what_it_gives_may_be_taken_by_a_slice_and_added_in_place() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        h += m.a(h, h, h, need_weights=False)[:1][0]
+        return m.last(h)
+
+    model = Net(forward, first=nn.Linear(5, WIDTH), a=attention(), last=nn.Linear(WIDTH, 4))
+    randomise_(model)
+    x = torch.randn(2, 7, 5)
+    neurons = find_neurons(model, x)
+    neurons.zero_({"a.value": [0, 1, 2, 3, 9], "a.query_key": [5]})
+    check_exact(model, neurons, x)  # its backward pass too
+
+
+def test_the_smaller_one_may_come_from_nowhere() -> None:
+    model = Encoder(need_weights=False)
+    neurons = find_neurons(model, torch.randn(2, 7, 5))
+    neurons.zero_({"attention.value": [0, 1, 2, 3, 9], "attention.query_key": [4]})
+    small = compact(model, neurons).model
+    x = torch.randn(2, 7, 5)
+    emptied, assigned = copy.deepcopy(small).to_empty(device="cpu"), copy.deepcopy(small).to("meta")
+    emptied.load_state_dict(small.state_dict())
+    assigned.load_state_dict(small.state_dict(), assign=True)
+    for other in (emptied, assigned):
+        assert torch.equal(other(x), small(x))
+
+
+def test_attention_that_lost_nothing_is_torchs() -> None:
+    model = Encoder(need_weights=False)
+    neurons = find_neurons(model, torch.randn(2, 7, 5))
+    assert type(compact(model, neurons).model.get_submodule("attention")) is nn.MultiheadAttention

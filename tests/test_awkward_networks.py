@@ -76,6 +76,25 @@ def plain(function: Callable[[Any, Tensor], Any], **members: Any) -> Net:
     return Net(function, **{**{name: make() for name, make in PLAIN.items()}, **members})
 
 
+class Halved(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input / 2)
+
+
+def tied_to_words() -> Net:
+    """The last layer's weight is an embedding of which the length of each word is used."""
+    model = plain(lambda m, x: m.head(F.relu(m.fc(m.c2(m.c1(x)).mean((2, 3))))) + m.words(x[:, 0, 0, :5].abs().long() % 5).norm(dim=-1),
+                  words=nn.Embedding(5, 3), head=nn.Linear(3, 5))
+    model.get_submodule("head").register_parameter("weight", model.get_parameter("words.weight"))
+    return model
+
+
+def tied_to_another() -> Net:
+    model = plain(lambda m, x: m.fc(F.relu(m.f1(x.mean((2, 3))))) + m.f2(x.mean((2, 3))).sum(1, keepdim=True), f1=nn.Linear(3, 5), f2=Halved(3, 5))
+    model.get_submodule("f2").register_parameter("weight", model.get_parameter("f1.weight"))
+    return model
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "a parameter times f(0)": lambda: plain(lambda m, x: m.fc(m.c2(torch.sigmoid(m.c1(x)) * m.g).mean((2, 3))), g=gain()),
     "a parameter minus f(0)": lambda: plain(lambda m, x: m.fc(m.c2(m.g - torch.sigmoid(m.c1(x))).mean((2, 3))), g=gain()),
@@ -117,6 +136,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "an uneven constant made larger": lambda: Net(
         lambda m, x: m.fc(F.interpolate(F.avg_pool2d(torch.sigmoid(m.c1(x)), 3, 2, 1), scale_factor=2).flatten(1)), c1=conv(3, 6), fc=nn.Linear(384, 3)
     ),
+    "a weight that another kind of module uses too": lambda: tied_to_words(),
+    "a weight that a module with its own forward uses too": lambda: tied_to_another(),
+    "a root": lambda: plain(lambda m, x: m.fc(m.c2(m.c1(x).abs().sqrt()).mean((2, 3)))),
+    "dropout on a constant": lambda: plain(lambda m, x: m.fc(F.dropout(m.c2(torch.sigmoid(m.c1(x))), 0.0, True).mean((2, 3)))),
     "a helper in training alone": lambda: plain(
         lambda m, x: m.fc(m.c2(F.relu(m.c1(x))).mean((2, 3))) + (m.aux(F.relu(m.c1(x)).mean((2, 3))) if m.training else 0), aux=nn.Linear(6, 3)
     ),
@@ -153,6 +176,16 @@ def test_no_removal_is_noticed(name: str) -> None:
         again = find_neurons(model, x)
         again.zero_({layer.name: range(1, layer.num_neurons)})
         compact(model, again, example_inputs=x)
+
+
+def test_a_slope_without_end_is_pinned_and_so_is_a_constant_that_is_dropped_at_random() -> None:
+    x = torch.randn(3, *CHANNELS_IN)
+    root = find_neurons(NETWORKS["a root"](), x)
+    assert root.pinned["c1"] == "read by .sqrt() (sqrt), whose slope at what the dead give is not finite"
+    always = plain(lambda m, x: m.fc(m.c2(F.dropout(torch.sigmoid(m.c1(x)), 0.5, training=True)).mean((2, 3))))
+    never = plain(lambda m, x: m.fc(m.c2(F.dropout(torch.sigmoid(m.c1(x)), 0.5, training=False)).mean((2, 3))))
+    assert "always on" in find_neurons(always, x).pinned["c1"]
+    assert find_neurons(never, x)["c1"].readers[0].constant is not None
 
 
 def test_the_size_of_the_batch_is_no_way_around() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dist_gsl.tracing import operations as ops
-from dist_gsl.tracing.following import Following, attribute, evaluated, line
+from dist_gsl.tracing.following import Following, attribute, evaluated, has_finite_slope, line
 from dist_gsl.tracing.labels import NONE, Value, thin
 
 OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv}
@@ -23,8 +23,20 @@ class Arithmetic(Following):
             self._pin_inputs(node, f"read by {what} with other values")
             return
         rest = self._plain(node.args[1:]) if node.op != "call_module" else ()
+        if not has_finite_slope(operation, source.dead, *rest):
+            self.atoms.pin(source.labels, f"read by {what}, whose slope at what the dead give is not finite")
         dead = evaluated(operation, source.dead, *rest)
         self._set(node, Value(source.labels, dead, source.cause if torch.equal(dead, source.dead) else what), in_place=in_place)
+
+    def _dropout(self, node: fx.Node, what: str) -> None:
+        """Nothing in evaluation; where it is always on, a constant would be dropped at random too."""
+        source = self._value(node.args[0])
+        if source is None:
+            return
+        options = dict(zip(("p", "training", "inplace"), node.args[1:], strict=False)) | node.kwargs
+        if bool((source.dead != 0).any()) and options.get("training", True):
+            self.atoms.pin(source.labels, f"read by {source.cause}, and then by {what}, which is always on")
+        self._set(node, source, in_place=bool(options.get("inplace", False)))
 
     def _binary(self, node: fx.Node, operation: Callable[..., Any], what: str, *, is_sum: bool, in_place: bool) -> None:
         if len(node.args) != 2 or node.kwargs:

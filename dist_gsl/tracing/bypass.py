@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import operator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from dist_gsl.neurons import NeuronLayer
+from dist_gsl.tracing.following import Attention
 from dist_gsl.tracing.labels import NONE
 from dist_gsl.tracing.tracer import Tracer, has_tensor
 
@@ -21,13 +23,62 @@ def with_bypasses(trace: Tracer, layers: list[NeuronLayer]) -> list[NeuronLayer]
     for number, layer in enumerate(layers):
         for piece in layer.producers:
             owner[trace.atoms.places[piece.tensor, piece.dim][piece.index]] = number
-    inside = {node: set(torch.unique(owner[atoms]).tolist()) for node, atoms in trace.passes.items()}
+    inside = {
+        node: Inside(_owners(owner, attention.query_key), _owners(owner, attention.value), attention)
+        for node, attention in trace.attentions.items()
+    }
+    layers = _with_partners(layers, inside)
     made_of = {node: _layers_in(trace, node, owner) for node in trace.graph.graph.nodes}
     gone: set[int] = set()
     for number, layer in enumerate(layers):
         if layer.pinned is None and _reaches(trace, made_of, inside, gone | {number}):
             gone.add(number)
     return [replace(layer, bypassed=number in gone) for number, layer in enumerate(layers)]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The layers inside of a call of attention."""
+
+    query_key: set[int]
+    value: set[int]
+    attention: Attention
+
+    def live_parts(self, gone: set[int], live: set[fx.Node]) -> tuple[bool, bool]:
+        """Whether what it gives, and its weights, depend on the input."""
+        weights = not self.query_key <= gone and (self.attention.query in live or self.attention.key in live)
+        return not self.value <= gone and (weights or self.attention.values in live), weights
+
+
+def _owners(owner: Tensor, atoms: Tensor) -> set[int]:
+    return set(torch.unique(owner[atoms]).tolist())
+
+
+def _with_partners(layers: list[NeuronLayer], inside: dict[fx.Node, Inside]) -> list[NeuronLayer]:
+    """Queries and keys are read by values, unless the network takes the weights of attention for something else."""
+    partners: dict[int, set[int] | None] = {}
+    for node, each in inside.items():
+        for number in each.query_key:
+            before = partners.get(number, set())
+            partners[number] = before | each.value if before is not None and all(_part(user) == 0 for user in node.users) else None
+    return [
+        replace(layer, partners=tuple(layers[n].name for n in sorted(partners.get(number) or ()))) for number, layer in enumerate(layers)
+    ]
+
+
+def _part(node: fx.Node) -> int | None:
+    """Which part of a tuple it takes."""
+    return node.args[1] if node.target is operator.getitem and isinstance(node.args[1], int) else None
+
+
+def _is_dead_part(node: fx.Node, inside: dict[fx.Node, Inside], gone: set[int], live: set[fx.Node]) -> bool:
+    """Whether it takes something of attention that does not depend on the input."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source not in inside:
+        return False
+    parts = inside[source].live_parts(gone, live)
+    which = _part(node)
+    return not parts[which] if which in (0, 1) else not all(parts)
 
 
 def _layers_in(trace: Tracer, node: fx.Node, owner: Tensor) -> set[int] | None:
@@ -39,7 +90,7 @@ def _layers_in(trace: Tracer, node: fx.Node, owner: Tensor) -> set[int] | None:
     return None if bool((labels == NONE).any()) else set(torch.unique(owner[labels]).tolist())
 
 
-def _reaches(trace: Tracer, made_of: dict[fx.Node, set[int] | None], inside: dict[fx.Node, set[int]], gone: set[int]) -> bool:
+def _reaches(trace: Tracer, made_of: dict[fx.Node, set[int] | None], inside: dict[fx.Node, Inside], gone: set[int]) -> bool:
     """Whether every output depends on the input where the layers `gone` have no neuron."""
     live: set[fx.Node] = set()
     for node in trace.graph.graph.nodes:
@@ -49,7 +100,8 @@ def _reaches(trace: Tracer, made_of: dict[fx.Node, set[int] | None], inside: dic
             return all(source in live for source in node.all_input_nodes)
         elif has_tensor(trace.results[node]) and any(source in live for source in node.all_input_nodes):
             layers = made_of[node]
-            is_cut = node in inside and inside[node] <= gone
-            if not is_cut and (layers is None or not layers <= gone):
+            if _is_dead_part(node, inside, gone, live):
+                continue
+            if layers is None or not layers <= gone:
                 live.add(node)
     return False

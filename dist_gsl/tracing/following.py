@@ -34,6 +34,18 @@ class ModuleRule:
     """Called after its parameters were cut, to make its size attributes say what they are."""
 
 
+@dataclass(frozen=True)
+class Attention:
+    """What a call of attention gives depends on its query and key through `query_key` alone, and through `value` on all that it is given."""
+
+    query_key: Tensor
+    """Atoms."""
+    value: Tensor
+    query: fx.Node
+    key: fx.Node
+    values: fx.Node
+
+
 class Following:
     """The state of following one network. `model`, `graph` and `results` may be on the meta device: no value of a parameter is read."""
 
@@ -54,14 +66,16 @@ class Following:
         """Atoms, and what their layer is called where the module's name does not say it."""
         self.read_inside: list[Tensor] = []
         """Atoms that the module which makes them reads itself."""
-        self.passes: dict[fx.Node, Tensor] = {}
-        """Atoms through which alone a node's input reaches what it gives."""
+        self.attentions: dict[fx.Node, Attention] = {}
+        self.opaque: dict[int, str] = {}
+        """Parameters and buffers of modules that are not understood, and what they are."""
         self.understood: set[tuple[fx.Node, fx.Node]] = set()
         """Uses of parameters outside of their modules that became part of neurons."""
         # A parameter under several names is one.
         self.names: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
             self.names.setdefault(id(tensor), name)
+        self.ids = {name: id(t) for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]}
         self.uses: Counter[int] = Counter()
         """How often the graph calls a module with that parameter."""
         self.by_hand: set[int] = set()
@@ -112,6 +126,11 @@ class Following:
             if other not in (node, source) and self.order[other] < self.order[node] and read_later and _memory(result) == memory:
                 self.atoms.pin(value.labels, f"changed in place by {node.name} and read as {other.name}")
 
+    def _give_up(self, node: fx.Node, module: nn.Module, reason: str) -> None:
+        """A module that is not understood: what it reads stays, and so does what shares its parameters."""
+        self._pin_inputs(node, reason)
+        self.opaque.update((id(t), f"{str(node.target)!r} uses it too") for t in [*module.parameters(), *module.buffers()])
+
     def _pin_inputs(self, node: fx.Node, reason: str) -> None:
         for source in node.all_input_nodes:
             value = self.values.get(source)
@@ -131,6 +150,17 @@ def evaluated(operation: Callable[..., Any], dead: Tensor, *rest: Any) -> Tensor
         if isinstance(operation, nn.Module) and training is not None:
             operation.training = training
     return result.to(torch.float64)
+
+
+def has_finite_slope(operation: Callable[..., Any], dead: Tensor, *rest: Any) -> bool:
+    """Whether a gradient of 0 stays 0 on its way to a dead neuron: 0 times an infinite slope is no number."""
+    with torch.enable_grad():
+        x = dead.detach().clone().requires_grad_()
+        result = operation(x * 1, *rest)  # times 1: some work in place
+        if not isinstance(result, Tensor) or not result.requires_grad:
+            return True
+        (slope,) = torch.autograd.grad(result.sum(), x, allow_unused=True)
+    return slope is None or bool(slope.isfinite().all())
 
 
 def _memory(result: Any) -> int | None:

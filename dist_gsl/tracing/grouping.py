@@ -43,7 +43,7 @@ def layers_of(trace: Tracer, parameters: Mapping[str, Tensor]) -> list[NeuronLay
         came_from.update((to, (pair[0], number)) for to, pair in zip(new, pairs.T.tolist(), strict=True))
         owned[classes] = torch.tensor(new, dtype=torch.int64)[which]
     names: Counter[str] = Counter()
-    titles = {int(member): title for atoms, title in trace.titles for member in torch.unique(root[atoms])}
+    titles = {int(member): title for atoms, title in reversed(trace.titles) for member in torch.unique(root[atoms])}
     read_inside = torch.zeros(len(root), dtype=torch.bool)
     for atoms in trace.read_inside:
         read_inside[root[atoms]] = True

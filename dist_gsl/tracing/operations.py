@@ -22,9 +22,10 @@ ELEMENTWISE_MODULES = (
 )  # fmt: skip
 ELEMENTWISE_FUNCTIONS: set[Any] = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softsign, F.softplus, F.hardswish, F.hardsigmoid, F.hardtanh,
-    F.tanh, F.sigmoid, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.relu, torch.tanh, torch.selu, torch.sigmoid, torch.abs, torch.exp,
+    F.tanh, F.sigmoid, torch.relu, torch.tanh, torch.selu, torch.sigmoid, torch.abs, torch.exp,
     torch.clamp, torch.neg, torch.square, torch.sqrt, operator.neg,
 }  # fmt: skip
+DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 ELEMENTWISE_METHODS = {"relu", "tanh", "sigmoid", "abs", "exp", "clamp", "neg", "square", "sqrt", "contiguous", "float", "double", "clone", "detach"}
 SUMS: set[Any] = {operator.add, operator.iadd, torch.add, operator.sub, operator.isub, torch.sub, "add", "sub"}
 QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}

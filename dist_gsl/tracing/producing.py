@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from dist_gsl.attention import heads_of
 from dist_gsl.neurons import Absorber
 from dist_gsl.tracing import operations as ops
-from dist_gsl.tracing.following import Following, ModuleRule
+from dist_gsl.tracing.following import Attention, Following, ModuleRule
 from dist_gsl.tracing.labels import NONE, Value
 
 
@@ -129,13 +129,19 @@ class Producing(Following):
         """A channel of queries and the same of keys are one neuron, which only their products read; a channel of values is one, which the
         projection after it reads. Channels that it gets and makes are as those of a linear layer."""
         weight, out = self.names.get(id(module.in_proj_weight)), module.out_proj
-        plain = weight is not None and module.bias_k is None and not module.add_zero_attn and type(out).forward is nn.Linear.forward
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, out))
-        if weight is None or not plain or hooked or id(out.weight) not in self.names or self.uses[id(module.in_proj_weight)] > 1:
-            self._pin_inputs(node, f"read by MultiheadAttention {name!r}, which has more to it than heads")
-            return
         given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
-        sources = [given[key] for key in ("query", "key", "value")]
+        sources: list[Any] = [given[key] for key in ("query", "key", "value")]
+        odd = (
+            "whose keys or values have a width of their own" if module.in_proj_weight is None
+            else "which adds a key and a value" if module.bias_k is not None or module.add_zero_attn
+            else "which has hooks" if any(m._forward_hooks or m._forward_pre_hooks for m in (module, out))
+            else "whose weights are parametrized" if weight is None or id(out.weight) not in self.names or type(out).forward is not nn.Linear.forward
+            else "which is given something else than activations" if not all(isinstance(source, fx.Node) for source in sources)
+            else None
+        )  # fmt: skip
+        if odd is not None or weight is None:
+            self._give_up(node, module, f"read by MultiheadAttention {name!r}, {odd}")
+            return
         for other in node.all_input_nodes:
             if other not in sources and (value := self._value(other)) is not None:
                 self.atoms.pin(value.labels, f"a mask of MultiheadAttention {name!r}")
@@ -161,7 +167,7 @@ class Producing(Following):
             self.atoms.tie(self.atoms.of(self.names[id(out.bias)], 0, len(made)), made)
         self.kinds.update({weight: "linear", self.names[id(out.weight)]: "linear"})
         self.titles += [(q, f"{name}.query_key"), (v, f"{name}.value")]
-        self.passes[node] = v
+        self.attentions[node] = Attention(q, v, *sources)
         zero = torch.zeros([1] * len(self._shape(sources[0])), dtype=torch.float64)
         nothing = Value(torch.full([1], NONE), zero)
         self.values[node] = [Value(made.view(*zero.shape[:-1], -1), zero), nothing]

@@ -42,13 +42,13 @@ class Tracer(Producing, Arithmetic, Moving):
         if isinstance(module, nn.MultiheadAttention) and type(module) in ops.ATTENTION and type(module) not in self.rules:
             self._attention(node, name, module)
         elif not node.args or not isinstance(self.results[node], Tensor):
-            self._pin_inputs(node, f"read by {type(module).__name__} {name!r}, called with keywords or of several results")
+            self._give_up(node, module, f"read by {type(module).__name__} {name!r}, called with keywords or of several results")
         elif (rule := next((rule for kind, rule in self.rules.items() if isinstance(module, kind)), None)) is not None:
             self._declared(node, name, module, rule)
         elif isinstance(module, (*ops.Convolution, *ops.Transposed, nn.Linear, *ops.BatchNorm)) and not is_plain(module):
-            self._pin_inputs(node, f"read by {type(module).__name__} {name!r}, whose forward is its own")
+            self._give_up(node, module, f"read by {type(module).__name__} {name!r}, whose forward is its own")
         elif module._forward_hooks or module._forward_pre_hooks:
-            self._pin_inputs(node, f"read by {name!r}, which has hooks")
+            self._give_up(node, module, f"read by {name!r}, which has hooks")
         elif isinstance(module, (*ops.Convolution, *ops.Transposed, nn.Linear)):
             self._weighted(node, name, module, plain)
         elif isinstance(module, ops.BatchNorm):
@@ -58,13 +58,13 @@ class Tracer(Producing, Arithmetic, Moving):
         elif isinstance(module, nn.Flatten):
             self._move(node, lambda t: t.flatten(module.start_dim, module.end_dim))
         elif isinstance(module, nn.Unflatten):
-            self._pin_inputs(node, f"read by Unflatten {name!r}")
+            self._give_up(node, module, f"read by Unflatten {name!r}")
         elif isinstance(module, ops.ELEMENTWISE_MODULES):
             self._elementwise(node, module, f"{type(module).__name__} {name!r}", in_place=getattr(module, "inplace", False))
         elif type(module) in ops.POOLED_DIMS:
             self._spatial(node, ops.POOLED_DIMS[type(module)], module, f"{type(module).__name__} {name!r}")
         else:
-            self._pin_inputs(node, f"read by {type(module).__name__} {name!r}{line(node)}")
+            self._give_up(node, module, f"read by {type(module).__name__} {name!r}{line(node)}")
 
     def _call(self, node: fx.Node) -> None:
         target: Any = node.target
@@ -81,7 +81,9 @@ class Tracer(Producing, Arithmetic, Moving):
             self._pin_inputs(node, f"read by {what}, called with keywords alone")
             return
         operation: Callable[..., Any] = getattr(Tensor, target) if is_method else target
-        if target in ops.ELEMENTWISE_FUNCTIONS or target in ops.ELEMENTWISE_METHODS:
+        if target in ops.DROPOUTS:
+            self._dropout(node, what)
+        elif target in ops.ELEMENTWISE_FUNCTIONS or target in ops.ELEMENTWISE_METHODS:
             in_place = in_place or bool(node.kwargs.get("inplace", False))
             self._elementwise(node, lambda *values: operation(*values, **self._plain(node.kwargs)), what, in_place=in_place)
         elif target in ops.SUMS or target in ops.PRODUCTS:
@@ -110,6 +112,12 @@ class Tracer(Producing, Arithmetic, Moving):
             self._pin_inputs(node, f"read by {what}{line(node)}")
 
     def _pin_used_by_hand(self) -> None:
+        for name, labels in self._all_places():
+            if (reason := self.opaque.get(self.ids[name])) is not None:
+                self.atoms.pin(labels, reason)
+        for place, (_, absorber) in self.constants.items():
+            if (reason := self.opaque.get(self.ids[absorber.tensor])) is not None:
+                self.atoms.pin(self.readers[place], f"the bias that would take up its constant is shared: {reason}")
         for node in self.graph.graph.nodes:
             if node.op != "get_attr" or all((node, user) in self.understood for user in node.users):
                 continue
@@ -119,10 +127,13 @@ class Tracer(Producing, Arithmetic, Moving):
                 assert tensor is not None  # its channels are neurons too
                 self.atoms.of(tensor, 0, self.results[node].shape[0])
                 self.kinds.setdefault(tensor, "linear")
-            places = [*((name, labels) for known in (self.atoms.places, self.readers) for (name, _), labels in known.items()), *self.buffers]
-            for name, labels in places:
+            for name, labels in self._all_places():
                 if name == tensor:
                     self.atoms.pin(labels, f"{name!r} is used by hand too ({', '.join(user.name for user in node.users)})")
+
+    def _all_places(self) -> list[tuple[str, Tensor]]:
+        """Tensors and whose their positions are."""
+        return [*((name, labels) for known in (self.atoms.places, self.readers) for (name, _), labels in known.items()), *self.buffers]
 
 
 def is_plain(module: nn.Module) -> bool:
