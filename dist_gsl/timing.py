@@ -143,8 +143,8 @@ def size(network: nn.Module, *, example: Tensor) -> Size:
         if not any(shares):  # ReLU in place, Flatten, Dropout in evaluation: the memory of what they read
             feature_bytes += output.numel() * output.element_size()
         if isinstance(module, _WEIGHTED):
-            # Each output is the sum over one row of the weight.
-            multiply_adds += output.numel() * (module.weight.numel() // module.weight.shape[0])
+            # Each output is the sum over one row of the weight, which may have none where a branch is empty.
+            multiply_adds += output.numel() * (module.weight.numel() // max(1, module.weight.shape[0]))
 
     leaves = [module for module in network.modules() if not list(module.children())]
     handles = [module.register_forward_hook(count) for module in leaves]

@@ -133,3 +133,21 @@ def test_arguments_out_of_range(change: Callable[[], dict[str, object]]) -> None
 def test_networks_on_two_devices() -> None:
     with pytest.raises(ValueError, match="move them to one device"):
         timing.compare(Sleep(0), Sleep(0).to("meta"), example=torch.zeros(1, 1))
+
+
+def test_an_empty_branch_costs_nothing() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.last(x + self.b(self.a(x).relu()))
+
+    model, example = Block(), torch.randn(1, 3, 8, 8)
+    neurons = dist_gsl.find_neurons(model, example)
+    neurons.zero_({"a": range(6)})
+    small = dist_gsl.compact(model, neurons).model
+    assert timing.size(model, example=example).multiply_adds == 64 * (4 * 3 + 6 * 36 + 4 * 6 + 2 * 4)
+    assert timing.size(small, example=example).multiply_adds == 64 * (4 * 3 + 2 * 4)
