@@ -40,22 +40,22 @@ def measure(model: nn.Module, neurons: Neurons) -> Measures:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sizes = _Sizes(neurons, parameters)
-    convolutions = [layer for layer in neurons.all_layers if layer.kind == "conv"]
+    measured = [layer for layer in neurons.all_layers if layer.kind == "conv"]
     hidden = [layer for layer in neurons.all_layers if layer.pinned != OUTPUTS]  # outputs are no neurons
-    if all(layer.pinned is not None for layer in convolutions):
-        convolutions = hidden
+    if all(layer.pinned is not None for layer in measured):
+        measured = hidden
     last = [layer for layer in neurons.all_layers if layer.kind == "linear"][-1:]
-    owned = [piece.tensor for layer in convolutions for piece in layer.producers]
+    owned = [piece.tensor for layer in measured for piece in layer.producers]
     conv_tensors = list({parameters[name]: name for name in owned}.values())  # a shared one counts once
     last_tensors = [piece.tensor for layer in last for piece in layer.producers]
 
     total = sum(sizes.starting(name) for name in conv_tensors)
-    in_dead = sum(layer.num_dead * layer.group_size for layer in convolutions)
+    in_dead = sum(layer.num_dead * layer.group_size for layer in measured)
     zeros = sum(sizes.live_zeros(name) for name in conv_tensors)
     both = conv_tensors + last_tensors
     induced = sum(sizes.starting(name) - sizes.live(name) for name in both)
     return Measures(
-        neurons=_percent(sum(c.num_dead for c in convolutions), sum(c.starting_neurons for c in convolutions)),
+        neurons=_percent(sum(c.num_dead for c in measured), sum(c.starting_neurons for c in measured)),
         group_param=_percent(in_dead, total),
         total_param=_percent(in_dead + zeros, total),
         total_induced=_percent(induced, sum(sizes.starting(name) for name in both)),

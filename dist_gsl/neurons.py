@@ -247,7 +247,8 @@ class Neurons:
         """A table of the layers in forward order: neurons, entries of each one's group, what is tied into it, and why it stays if it does."""
         rows = [("layer", "neurons", "alive", "entries", "tied", "")]
         for layer in self.all_layers:
-            tied = [name for name in dict.fromkeys(_module_of(piece.tensor) for piece in layer.producers) if name not in (layer.name.partition("#")[0], layer.name.rpartition(".")[0])]
+            own = (layer.name.partition("#")[0], layer.name.rpartition(".")[0])
+            tied = [name for name in dict.fromkeys(_module_of(piece.tensor) for piece in layer.producers) if name not in own]
             note = f"stays: {layer.pinned}" if layer.pinned is not None else "may vanish, there is a way around it" if layer.bypassed else ""
             shown = ", ".join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
             rows.append((layer.name, str(layer.num_neurons), str(int(layer.mask.sum())), str(layer.group_size), shown, note))

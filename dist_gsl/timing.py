@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,26 +132,29 @@ def latency_ms(network: nn.Module, *, example: Tensor, repeats: int = 200, secon
 
 @torch.no_grad()
 def size(network: nn.Module, *, example: Tensor) -> Size:
-    """Parameters, features and multiply-adds of a network for the first input of a batch, as it runs in evaluation."""
-    feature_bytes = multiply_adds = 0
+    """Parameters, features and multiply-adds of a network for the first input of a batch, as it runs in evaluation. Multiply-adds are
+    those of convolutions and matrix products, attention's included; features are the tensors that its innermost modules return."""
+    feature_bytes = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        nonlocal feature_bytes, multiply_adds
+        nonlocal feature_bytes
         if not isinstance(output, Tensor):
             return
         shares = [output.data_ptr() == tensor.data_ptr() for tensor in inputs if isinstance(tensor, Tensor)]
         if not any(shares):  # ReLU in place, Flatten, Dropout in evaluation: the memory of what they read
             feature_bytes += output.numel() * output.element_size()
-        if isinstance(module, _WEIGHTED):
-            # Each output is the sum over one row of the weight, which may have none where a branch is empty.
-            multiply_adds += output.numel() * (module.weight.numel() // max(1, module.weight.shape[0]))
 
     leaves = [module for module in network.modules() if not list(module.children())]
     handles = [module.register_forward_hook(count) for module in leaves]
     training = [(module, module.training) for module in network.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # Fused attention would be one operation that the counter does not know.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        network.eval()(example[:1])
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+            network.eval()(example[:1])
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
         for module, was_training in training:
@@ -161,7 +164,7 @@ def size(network: nn.Module, *, example: Tensor) -> Size:
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         feature_bytes=feature_bytes,
-        multiply_adds=multiply_adds,
+        multiply_adds=flops.get_total_flops() // 2,
     )
 
 

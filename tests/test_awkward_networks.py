@@ -139,7 +139,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "a weight that another kind of module uses too": lambda: tied_to_words(),
     "a weight that a module with its own forward uses too": lambda: tied_to_another(),
     "a root": lambda: plain(lambda m, x: m.fc(m.c2(m.c1(x).abs().sqrt()).mean((2, 3)))),
-    "dropout on a constant": lambda: plain(lambda m, x: m.fc(F.dropout(m.c2(torch.sigmoid(m.c1(x))), 0.0, True).mean((2, 3)))),
     "a helper in training alone": lambda: plain(
         lambda m, x: m.fc(m.c2(F.relu(m.c1(x))).mean((2, 3))) + (m.aux(F.relu(m.c1(x)).mean((2, 3))) if m.training else 0), aux=nn.Linear(6, 3)
     ),

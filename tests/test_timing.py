@@ -34,6 +34,26 @@ def test_multiply_adds_of_groups_strides_and_positions() -> None:
     assert timing.size(nn.Linear(3, 5), example=torch.randn(1, 7, 3)).multiply_adds == 7 * 5 * 3
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_multiply_adds_of_attention() -> None:
+    projections, products = 4 * 5 * 8 * 8, 2 * 2 * 5 * 5 * 4  # queries, keys, values and outputs; heads, weights and sums of values
+    fused = torch.backends.mha.get_fastpath_enabled()
+    assert timing.size(Attends(), example=torch.randn(3, 5, 8)).multiply_adds == projections + products
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+    neurons = dist_gsl.find_neurons(Attends(), torch.randn(3, 5, 8))
+    neurons.zero_({"attention.query_key": [0, 4]})  # a query and a key of each head, a term of all weights
+    uneven = dist_gsl.compact(neurons.model, neurons).model
+    assert timing.size(uneven, example=torch.randn(3, 5, 8)).multiply_adds == projections + products - 4 * 5 * 8 - 2 * 5 * 5
+
+
 def test_size_leaves_the_network_as_it_is() -> None:
     network = chain()
     network[0].eval()

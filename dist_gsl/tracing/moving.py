@@ -123,7 +123,7 @@ class Moving(Following):
         container, index = node.args[0], node.args[1]
         value = self.values.get(container) if isinstance(container, fx.Node) else None
         if isinstance(value, list):
-            self.values[node] = value[index]  # type: ignore[index]
+            self.values[node] = value[self._plain(index)]
             return
         if value is None:
             return
