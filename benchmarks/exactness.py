@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dist_gsl
@@ -191,6 +192,8 @@ def pruned(tp: Any, model: nn.Module, x: Tensor, outputs: list[str]) -> dict[str
             group = graph.get_pruning_group(root, handler, idxs=indices)
             if graph.check_pruning_group(group):
                 group.prune()
+        if isinstance(model, VisionTransformer):  # a width that its forward reads, as torch-pruning's own example mends it
+            model.hidden_dim = model.conv_proj.out_channels
         after = model.double().eval()(x.double())
     return {"peer_difference": float((before - after).abs().max() / before.abs().max())}
 
@@ -220,26 +223,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--peer", action="store_true", help="torch-pruning instead")
-    parser.add_argument("--json", type=Path, help="what was found, for another reader")
+    parser.add_argument("--json", type=Path, help="keep what is found here, after each network; what the file has already is not measured again")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         one(options.part, options.names[0])
         return
     names = options.names or torchvision_models.torchvision_names()
-    found = {}
+    found: dict[str, dict[str, Any]] = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
     if options.peer:
         print("| network | channels with the same producers | difference after torch-pruning | note |\n|---|---|---|---|")
     else:
         print("| network | parameters | neurons | layers, may vanish | stay | why | worst difference | one live neuron | find: s, MiB | compact: s, peak GiB |")
         print("|---|---|---|---|---|---|---|---|---|---|")
     for name in names:
-        parts = ["peer"] if options.peer else ["costs", "exactness"]
-        entry: dict[str, Any] = {}
-        for part in parts:
-            entry.update(run(part, name))
-        found[name] = entry
-        if "error" in entry:
+        if name not in found:
+            found[name] = {}
+            for part in ["peer"] if options.peer else ["costs", "exactness"]:
+                found[name].update(run(part, name))
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        entry = found[name]
+        if "error" in entry:  # a network that fails is listed, and counted as not exact
             print(f"| {name} | failed: {entry['error']} |", flush=True)
         elif options.peer:
             print(f"| {name} | {entry['same']} of {entry['same'] + entry['different']} | {entry['peer_difference']:.1e} | {entry['example']} |", flush=True)
@@ -249,8 +254,7 @@ def main() -> None:
                 f"{'; '.join(entry['reasons'])} | {max(entry['worst'], entry['native_difference']):.1e} | {entry['moved']:.1e} | "
                 f"{entry['find_s']:.1f}, {entry['find_mib']} | {entry['compact_s']:.1f}, {entry['peak_mib'] / 1024:.1f} |", flush=True,
             )  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    found = {name: found[name] for name in names}
     if not options.peer:
         exact = [name for name, entry in found.items() if "error" not in entry and max(entry["worst"], entry["native_difference"]) <= 1e-9]
         print(f"\nexact within 1e-9: {len(exact)} of {len(found)}; others: {sorted(set(found) - set(exact)) or 'none'}")
