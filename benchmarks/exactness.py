@@ -11,6 +11,8 @@ must be seen.
 --peer: also torch-pruning 1.6.1 (`pip install torch-pruning`): the parameters that produce a channel, group by group, against ours; and
 whether its own removal leaves the outputs as they were, where a random third of each of its groups is set to zero and pruned.
 
+--line: seconds and memory of one network, Dec8, at widths that double its parameters each time, and the exponents of their growth.
+
 Each network runs in a process of its own, on the cores that it is given (`taskset -c 0`). All of them take an hour and a half on two cores.
 """
 
@@ -19,9 +21,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -94,6 +98,33 @@ def costs(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def line(width: str) -> dict[str, Any]:
+    """Time and memory of a network whose layers stay and whose parameters grow; a third of its neurons dies."""
+    torch.manual_seed(0)
+    model, x = dist_gsl.create_model("dec8", num_classes=10, width=float(width)).eval(), torch.randn(1, 3, 64, 64)
+    before, began = peak_mebibytes(), time.monotonic()
+    neurons = dist_gsl.find_neurons(model, x)
+    found_s, found_mib = time.monotonic() - began, peak_mebibytes() - before
+    kill_a_third_(neurons)
+    began = time.monotonic()
+    dist_gsl.compact(model, neurons)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()), "find_s": found_s, "find_mib": found_mib, "compact_s": time.monotonic() - began,
+        "compact_mib": peak_mebibytes() - before,
+    }  # fmt: skip
+
+
+def print_line() -> None:
+    rows = [run("line", f"{2 ** (power / 2):.3f}") for power in range(-3, 6)]
+    print("| parameters | find: s, MiB | compact: s, GiB |\n|---|---|---|")
+    for row in rows:
+        print(f"| {row['parameters'] / 1e6:.1f} M | {row['find_s']:.2f}, {row['find_mib']} | {row['compact_s']:.2f}, {row['compact_mib'] / 1024:.2f} |")
+    sizes = [math.log(row["parameters"]) for row in rows]
+    for key in ("find_s", "compact_s", "compact_mib"):
+        slope = statistics.linear_regression(sizes[-6:], [math.log(row[key]) for row in rows[-6:]]).slope
+        print(f"{key} grows with the parameters to the power of {slope:.2f} (the last six rows)")
+
+
 def exactness(name: str) -> dict[str, Any]:
     model, x = network(name, small_size(name))
     neurons = dist_gsl.find_neurons(model, x[:1])
@@ -157,10 +188,11 @@ def peer(name: str) -> dict[str, Any]:
 
 
 def within_groups(group: Any, size: int) -> int:
-    """How many channels each group has of the grouped convolutions that a pruning group meets; depthwise ones aside. As its own pruners do,
-    as many are taken from each."""
-    convolutions = [dep.target.module for dep, _ in group if isinstance(dep.target.module, nn.Conv2d)]
-    return size // max((c.groups for c in convolutions if c.groups < c.in_channels), default=1)
+    """How many channels each group has of the grouped convolutions that a pruning group meets, depthwise ones aside, or each head of its
+    attention. As its own pruners do, as many are taken from each."""
+    modules = [dep.target.module for dep, _ in group]
+    parts = [m.groups for m in modules if isinstance(m, nn.Conv2d) and m.groups < m.in_channels]
+    return size // max([*parts, *(m.num_heads for m in modules if isinstance(m, nn.MultiheadAttention))], default=1)
 
 
 def pruned(tp: Any, model: nn.Module, x: Tensor, outputs: list[str]) -> dict[str, Any]:
@@ -205,7 +237,7 @@ def one(part: str, name: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if part == "peer":
         resource.setrlimit(resource.RLIMIT_DATA, (PEER_GIB << 30, PEER_GIB << 30))
-    print(json.dumps({"costs": costs, "exactness": exactness, "peer": peer}[part](name)))
+    print(json.dumps({"costs": costs, "exactness": exactness, "peer": peer, "line": line}[part](name)))
 
 
 def run(part: str, name: str) -> dict[str, Any]:
@@ -223,11 +255,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--peer", action="store_true", help="torch-pruning instead")
+    parser.add_argument("--line", action="store_true", help="how time and memory grow with the parameters instead")
     parser.add_argument("--json", type=Path, help="keep what is found here, after each network; what the file has already is not measured again")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         one(options.part, options.names[0])
+        return
+    if options.line:
+        print_line()
         return
     names = options.names or torchvision_models.torchvision_names()
     found: dict[str, dict[str, Any]] = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
