@@ -80,6 +80,18 @@ class Slice:
         tensor.index_fill_(self.dim, self.index[neurons.cpu()].flatten().to(tensor.device), 0)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Where a dropout module meets the neurons of a layer: neuron n has the positions `index[n]` of dimension `dim` of what it is given."""
+
+    module: str
+    dim: int
+    size: int
+    """Positions along that dimension."""
+    index: Tensor
+    """int64 (num_neurons, k)."""
+
+
 @dataclass
 class NeuronLayer:
     """The neurons of one layer, and what of the model belongs to them."""
@@ -106,6 +118,8 @@ class NeuronLayer:
     """Why these neurons cannot be removed; None: they can."""
     partners: tuple[str, ...] = ()
     """Layers that read this one inside of a module, as attention's values read its queries and keys."""
+    draws: tuple[Draw, ...] = ()
+    """Dropout that these neurons pass: it goes on drawing for those that are gone, so that what is left is trained as it would have been."""
     bypassed: bool = False
     """A way from the network's input to its output leads around these neurons, so that all of them may die: what is left of a residual
     branch is a constant then."""
@@ -117,6 +131,12 @@ class NeuronLayer:
     def alive(self) -> Tensor:
         """bool (num_neurons,), a copy."""
         return self.mask.clone()
+
+    def in_starting_network(self, values: Tensor) -> Tensor:
+        """One value a neuron, (num_neurons,), in the places of the starting network, (starting_neurons,), with zeros for what was removed."""
+        whole = values.new_zeros(self.starting_neurons)
+        whole[self.indices.to(values.device)] = values
+        return whole
 
     @property
     def num_dead(self) -> int:

@@ -8,6 +8,7 @@ Imports torch alone.
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -132,6 +133,13 @@ class ProximalSGD(torch.optim.Optimizer):
         backward has ended, and a warning says so.
         """
         self._backward = _InBackward(self, ddp, max_grad_norm=max_grad_norm, scaler=scaler)
+
+    def detach(self) -> None:
+        """Lets go of the DDP module that it was attached to, which cannot be trained with any more: the module's reducer holds the hook,
+        which holds both, and no garbage collector sees that."""
+        if self._backward is not None:
+            self._backward.release()
+            self._backward = None
 
     def set_num_samples(self, num_samples: int) -> None:
         """Says that the next backward's gradient is of a sum over this many local samples (over all its accumulated
@@ -292,9 +300,16 @@ class _InBackward:
         self._layers_of: dict[Tensor, list[NeuronLayer]] = {}
         for layer in optimizer.neurons:
             for piece in layer.producers:
-                self._layers_of.setdefault(optimizer.neurons.parameter(piece.tensor), []).append(layer)
+                p = optimizer.neurons.parameter(piece.tensor)
+                if p.requires_grad:  # what has no entries any more takes no gradient
+                    self._layers_of.setdefault(p, []).append(layer)
+        self._num_pieces = Counter(layer.name for layers in self._layers_of.values() for layer in layers)
         self._pending: dict[str, int] = {}
         ddp.register_comm_hook(None, self._hook)
+
+    def release(self) -> None:
+        """Holds nothing any more."""
+        del self.optimizer, self.ddp, self._layers_of
 
     def count_samples(self, num_samples: int) -> None:
         device = next(self.ddp.module.parameters()).device
@@ -326,7 +341,7 @@ class _InBackward:
         """Before the first bucket of a backward."""
         if self.overlap:
             self.optimizer.begin_step()
-            self._pending = {layer.name: len(layer.producers) for layer in self.optimizer.neurons}
+            self._pending = dict(self._num_pieces)
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _divisor(self) -> Tensor | int:

@@ -6,6 +6,7 @@ Tensors are cut by name, whatever they are: parameters, running statistics, mome
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_gsl.attention import fit_heads
-from dist_gsl.neurons import NeuronLayer, Neurons, Slice
+from dist_gsl.neurons import Draw, NeuronLayer, Neurons, Slice
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -37,7 +38,13 @@ class Removal:
             layer = neurons[name]
             for piece in (*layer.producers, *layer.buffers, *layer.readers):
                 self._gone.setdefault((piece.tensor, piece.dim), []).append(piece.index[~mask].flatten())
+        self._drawn: dict[str, tuple[int, Tensor]] = {}
+        for name, mask in masks.items():
+            for draw in neurons[name].draws:
+                _, kept = self._drawn.setdefault(draw.module, (draw.dim, torch.ones(draw.size, dtype=torch.bool)))
+                kept[draw.index[~mask].flatten()] = False
         self._masks, self._resizers = masks, neurons.resizers
+        self._model = neurons.model
         self._first_names = _first_names(neurons.model)
 
     def tensor(self, name: str, tensor: Tensor) -> Tensor:
@@ -53,6 +60,20 @@ class Removal:
     def tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.tensor(name, tensor) for name, tensor in tensors.items()}
 
+    def whole(self, name: str, tensor: Tensor, *, blank: Tensor) -> Tensor:
+        """The inverse of `tensor`: what was cut, back in its place in a copy of `blank`, which is of the size before."""
+        name = self._first_names.get(name, name)
+        if not any((name, dim) in self._gone for dim in range(blank.dim())):
+            return tensor.clone()
+        where = [self._kept(name, dim, size) for dim, size in enumerate(blank.shape)]
+        whole = blank.clone()
+        whole[torch.meshgrid(*where, indexing="ij")] = tensor
+        return whole
+
+    def num_parameters(self) -> int:
+        """Entries of all parameters that stay."""
+        return sum(self._num_kept(name, parameter.shape) for name, parameter in self._model.named_parameters())
+
     def neurons(self, neurons: Neurons, model: nn.Module) -> Neurons:
         """The neurons that remain, bound to the smaller model."""
         sizes = neurons.model.state_dict(keep_vars=True)  # under all of their names, shared ones too
@@ -65,6 +86,11 @@ class Removal:
             constant = None if piece.constant is None else piece.constant[mask]
             return Slice(piece.tensor, piece.dim, position[piece.index[mask]], constant, piece.absorber)
 
+        def moved_draw(draw: Draw, mask: Tensor) -> Draw:
+            _, kept = self._drawn[draw.module]
+            position = torch.cumsum(kept, 0) - 1
+            return Draw(draw.module, draw.dim, int(kept.sum()), position[draw.index[mask]])
+
         def smaller(layer: NeuronLayer) -> NeuronLayer:
             mask = self._masks.get(layer.name, torch.ones(layer.num_neurons, dtype=torch.bool))
             return replace(
@@ -72,6 +98,7 @@ class Removal:
                 producers=tuple(moved(piece, mask) for piece in layer.producers),
                 buffers=tuple(moved(piece, mask) for piece in layer.buffers),
                 readers=tuple(moved(piece, mask) for piece in layer.readers),
+                draws=tuple(moved_draw(draw, mask) for draw in layer.draws if draw.module in self._drawn),
             )  # fmt: skip
 
         layers = [smaller(layer) for layer in neurons.all_layers]
@@ -89,6 +116,8 @@ class Removal:
             names = [f"{prefix}.{name}" if prefix else name for store in (module._parameters, module._buffers) for name in store]
             if any(self._first_names.get(name, name) in affected for name in names):
                 set_sizes(module, self._resizers, self._rows_kept(model, prefix, module))
+            if prefix in self._drawn:
+                draw_for_whole_(module, *self._drawn[prefix])
         return smaller
 
     def _rows_kept(self, model: nn.Module, prefix: str, module: nn.Module) -> Tensor | None:
@@ -98,6 +127,9 @@ class Removal:
             return None
         name = f"{prefix}.{weight}" if prefix else weight
         return self._kept(self._first_names[name], 0, model.get_parameter(name).shape[0])
+
+    def _num_kept(self, name: str, shape: Sequence[int]) -> int:
+        return math.prod(len(self._kept(name, dim, size)) if (name, dim) in self._gone else size for dim, size in enumerate(shape))
 
     def _kept(self, name: str, dim: int, size: int) -> Tensor:
         kept = torch.ones(size, dtype=torch.bool)
@@ -114,13 +146,18 @@ def _padded(mask: Tensor, multiple_of: int) -> Tensor:
     return kept
 
 
-def set_widths(model: nn.Module, neurons: Neurons, indices: Mapping[str, Tensor]) -> tuple[nn.Module, Neurons]:
-    """A network cut to the given neurons of each layer, {layer name: int64 indices}: what a checkpoint loads into."""
+def keeping(neurons: Neurons, indices: Mapping[str, Tensor]) -> Removal:
+    """The removal that leaves the given neurons of each layer, {layer name: int64 indices}."""
     keep = {}
     for layer in neurons:
         keep[layer.name] = torch.zeros(layer.num_neurons, dtype=torch.bool)
         keep[layer.name][indices[layer.name]] = True
-    removal = Removal(neurons, keep)
+    return Removal(neurons, keep)
+
+
+def set_widths(model: nn.Module, neurons: Neurons, indices: Mapping[str, Tensor]) -> tuple[nn.Module, Neurons]:
+    """A network cut to the given neurons of each layer: what a checkpoint loads into."""
+    removal = keeping(neurons, indices)
     smaller = removal.model(model)
     return smaller, removal.neurons(neurons, smaller)
 
@@ -251,4 +288,60 @@ def is_empty(module: nn.Module) -> bool:
 EMPTY_CONVOLUTION: dict[type[nn.Module], type[nn.Module]] = {nn.Conv1d: EmptyConv1d, nn.Conv2d: EmptyConv2d, nn.Conv3d: EmptyConv3d}
 EMPTY_BATCH_NORM: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: EmptyBatchNorm1d, nn.BatchNorm2d: EmptyBatchNorm2d, nn.BatchNorm3d: EmptyBatchNorm3d, nn.SyncBatchNorm: EmptySyncBatchNorm,
+}  # fmt: skip
+
+
+# --- dropout that draws for the removed too
+
+
+def draw_for_whole_(module: nn.Module, dim: int, kept: Tensor) -> None:
+    """Makes a dropout module whose input lost positions draw as if it had them all still.
+
+    kept: bool (positions along `dim` of its input before,).
+    """
+    if bool(kept.all()):
+        return
+    if not isinstance(module, _WholeDropout):
+        module.__class__ = WHOLE_DROPOUT[type(module)]
+        assert isinstance(module, _WholeDropout)
+        module.dim, module.starting_size = dim, len(kept)
+        module.register_buffer("positions", torch.arange(len(kept)), persistent=False)
+    module.positions = module.positions[kept.to(module.positions.device)]
+
+
+class _WholeDropout(nn.modules.dropout._DropoutNd):
+    """Dropout of a part of the positions, drawn as it is for all of them: after removal the same neurons are dropped in the same steps."""
+
+    dim: int
+    starting_size: int
+    positions: Tensor
+    """int64: those of its input, among the starting network's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        shape = list(input.shape)
+        shape[self.dim] = self.starting_size
+        factors: Tensor = super().forward(input.new_ones(shape))
+        return input * factors.index_select(self.dim, self.positions)
+
+
+class WholeDropout(_WholeDropout, nn.Dropout):
+    pass
+
+
+class WholeDropout1d(_WholeDropout, nn.Dropout1d):
+    pass
+
+
+class WholeDropout2d(_WholeDropout, nn.Dropout2d):
+    pass
+
+
+class WholeDropout3d(_WholeDropout, nn.Dropout3d):
+    pass
+
+
+WHOLE_DROPOUT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Dropout: WholeDropout, nn.Dropout1d: WholeDropout1d, nn.Dropout2d: WholeDropout2d, nn.Dropout3d: WholeDropout3d,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from dist_gsl.measures import measure
 from dist_gsl.neurons import Neurons
 from dist_gsl.report import Report
 from dist_gsl.training import checkpoint, loop, session
-from dist_gsl.training.state import build_network
+from dist_gsl.training.state import build_whole
 
 CHECKPOINTS = "checkpoints"
 NEURON_LOG = "neurons.parquet"
@@ -141,9 +141,7 @@ class Trained:
         data_dir = data.prepare(config.data).absolute()
         info = data.dataset_info(data_dir)
         shapes = session.shapes_of(config, info)
-        model, neurons = build_network(state["network"], image_shape=shapes.image, state=state)
-        if state["average"] is not None:
-            model.load_state_dict(state["average"])
+        model, neurons = build_whole(state["network"], image_shape=shapes.image, state=state, averaged=True)
         return cls(folder, config, data_dir, info, model, neurons, state)
 
     @property

@@ -28,6 +28,16 @@ class Arithmetic(Following):
         dead = evaluated(operation, source.dead, *rest)
         self._set(node, Value(source.labels, dead, source.cause if torch.equal(dead, source.dead) else what), in_place=in_place)
 
+    def _dropout_module(self, node: fx.Node, name: str, module: nn.Module) -> None:
+        """Which neurons each position is, where that depends on one dimension alone and nobody else calls the module."""
+        source = self._value(node.args[0])
+        if source is None or len(source.varying) > 1 or sum(other.target == node.target for other in self.graph.graph.nodes) > 1:
+            return
+        dim = source.varying[0] if source.varying else 1
+        labels = source.vector(dim, self._shape(node)[dim])
+        if labels is not None:
+            self.draws.append((name, dim, labels))
+
     def _dropout(self, node: fx.Node, what: str) -> None:
         """Nothing in evaluation; where it is always on, a constant would be dropped at random too."""
         source = self._value(node.args[0])

@@ -61,6 +61,8 @@ class Following:
         self.constants: dict[tuple[str, int], tuple[Tensor, Absorber]] = {}
         """What each position along a tensor's dimension multiplies when the neuron is dead, and what takes the product."""
         self.buffers: list[tuple[str, Tensor]] = []
+        self.draws: list[tuple[str, int, Tensor]] = []
+        """Dropout modules, the dimension along which what they are given has labels, and these."""
         self.kinds: dict[str, str] = {}
         self.titles: list[tuple[Tensor, str]] = []
         """Atoms, and what their layer is called where the module's name does not say it."""

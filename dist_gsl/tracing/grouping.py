@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dist_gsl.neurons import NeuronLayer, Slice
+from dist_gsl.neurons import Draw, NeuronLayer, Slice
 from dist_gsl.tracing.labels import NONE
 from dist_gsl.tracing.tracer import Tracer
 
@@ -48,6 +48,7 @@ def layers_of(trace: Tracer, parameters: Mapping[str, Tensor]) -> list[NeuronLay
     for atoms in trace.read_inside:
         read_inside[root[atoms]] = True
     found = []
+    of_each = {module: torch.where(labels == NONE, NONE, root[labels]) for module, _, labels in trace.draws}
     roots = torch.unique(root)
     kinds, first = _first_of_each(owned[roots])
     for kind in kinds[torch.argsort(first)].tolist():
@@ -66,6 +67,14 @@ def layers_of(trace: Tracer, parameters: Mapping[str, Tensor]) -> list[NeuronLay
             taken = constants is not None and bool(constants[index].any())
             slices[role].append(Slice(tensor, dim, index, constants[index], absorber) if role == "reader" and taken and constants is not None
                                 else Slice(tensor, dim, index))
+        draws = []
+        for module, dim, labels in trace.draws:
+            at = torch.searchsorted(members, of_each[module]).clamp(max=len(members) - 1)
+            positions = (members[at] == of_each[module]).nonzero().flatten()
+            counts = torch.bincount(at[positions], minlength=len(members))
+            if len(positions) and bool((counts == counts[0]).all()):
+                order = torch.argsort(at[positions], stable=True)
+                draws.append(Draw(module, dim, len(labels), positions[order].view(len(members), -1)))
         owner = next((piece.tensor for piece in slices["producer"] if piece.tensor in trace.kinds), slices["producer"][0].tensor)
         name = titles.get(int(members[0])) or owner.rpartition(".")[0] or owner
         names[name] += 1
@@ -75,7 +84,8 @@ def layers_of(trace: Tracer, parameters: Mapping[str, Tensor]) -> list[NeuronLay
         found.append(
             NeuronLayer(
                 name=name if names[name] == 1 else f"{name}#{names[name]}", kind=trace.kinds.get(owner, "conv"),
-                producers=tuple(slices["producer"]), buffers=tuple(slices["buffer"]), readers=tuple(slices["reader"]), group_size=size,
+                producers=tuple(slices["producer"]), buffers=tuple(slices["buffer"]), readers=tuple(slices["reader"]),
+                draws=tuple(draws), group_size=size,
                 starting_neurons=len(members), indices=torch.arange(len(members)), mask=torch.ones(len(members), dtype=torch.bool),
                 pinned=reasons[int(pinned[members[0]])] or (None if slices["reader"] or read_inside[members].all() else "nothing reads it"),
             )

@@ -25,6 +25,7 @@ ELEMENTWISE_FUNCTIONS: set[Any] = {
     F.tanh, F.sigmoid, torch.relu, torch.tanh, torch.selu, torch.sigmoid, torch.abs, torch.exp,
     torch.clamp, torch.neg, torch.square, torch.sqrt, operator.neg,
 }  # fmt: skip
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 ELEMENTWISE_METHODS = {"relu", "tanh", "sigmoid", "abs", "exp", "clamp", "neg", "square", "sqrt", "contiguous", "float", "double", "clone", "detach"}
 SUMS: set[Any] = {operator.add, operator.iadd, torch.add, operator.sub, operator.isub, torch.sub, "add", "sub"}

@@ -61,6 +61,8 @@ class Tracer(Producing, Arithmetic, Moving):
             self._give_up(node, module, f"read by Unflatten {name!r}")
         elif isinstance(module, ops.ELEMENTWISE_MODULES):
             self._elementwise(node, module, f"{type(module).__name__} {name!r}", in_place=getattr(module, "inplace", False))
+            if isinstance(module, ops.DROPOUT_MODULES):
+                self._dropout_module(node, name, module)
         elif type(module) in ops.POOLED_DIMS:
             self._spatial(node, ops.POOLED_DIMS[type(module)], module, f"{type(module).__name__} {name!r}")
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dist_gsl.training.shrinking import Rule
+
 LOSSES = ("cross-entropy", "square")
 SCHEDULES = ("step", "cosine", "constant")
 
@@ -47,6 +49,9 @@ class TrainConfig:
     """Memory layout of images and filters; faster on most hardware, about 1.6 times on a CPU for Dec3."""
     ema: float | None = None
     """Decay a step of a moving average of the parameters, which is then what is evaluated and kept; None: off."""
+    shrink: str = "never"
+    """When dead neurons leave the training itself, which goes on with the smaller network as it would have gone on with them: "epoch": at
+    the end of each; a number N: every N steps; "P%": as soon as P % of the parameters died; "never". With penalty.revive never."""
     init: str | None = None
     """Checkpoint file to take the parameters from, instead of a random start."""
     seed: int = 0
@@ -66,12 +71,13 @@ class TrainConfig:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or left out"),
-            ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1), or left out"),
             ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1), or left out"),
         ]
         for field, is_right, need in checks:
             if not is_right:
                 raise ValueError(f"train.{field} is {getattr(self, field)!r}, must be {need}")
+        Rule.parse(self.shrink)
         if self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov needs train.momentum above 0")
 

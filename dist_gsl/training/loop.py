@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dist_gsl.measures import measure
 from dist_gsl.penalty import PenaltyConfig
 from dist_gsl.training.config import TrainConfig
+from dist_gsl.training.shrinking import Rule, shrink
 from dist_gsl.training.state import Position, RunState
 
 
@@ -65,6 +66,7 @@ def train(
     device = next(state.model.parameters()).device
     steps_per_epoch = len(training_data)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    rule = Rule.parse("never" if penalty.revive else config.shrink)
     for epoch in range(state.position.epoch, config.epochs):
         start = state.position.step
         torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1_000_003 + rank) % 2**63)
@@ -79,6 +81,7 @@ def train(
                 group["lr"] = learning_rate
             totals += train_step(state, config, batch)
             state.position = Position(epoch, step + 1)
+            shrink(state, rule, epoch * steps_per_epoch + step + 1)
             if rank == 0 and (step % 10 == 9 or step + 1 == steps_per_epoch):
                 seconds = time.perf_counter() - began
                 on_progress(
@@ -91,6 +94,7 @@ def train(
                     )
                 )
         state.optimizer.end_epoch()
+        shrink(state, rule, (epoch + 1) * steps_per_epoch, epoch_ends=True)
         seconds = time.perf_counter() - began
         state.position = Position(epoch + 1, 0)
         dist.all_reduce(totals)
@@ -109,6 +113,7 @@ def train(
             "learning_rate": state.optimizer.param_groups[0]["lr"],
             "beta_factor": penalty.beta_schedule.factor(epoch) if penalty.enabled else 0.0,
             **measure(state.evaluated, state.neurons).as_dict(),
+            "parameters": state.num_parameters,
             "images_per_second": float(totals[2]) / seconds,
             "seconds": seconds,
             "alive": {layer.name: int(layer.mask.sum()) for layer in state.neurons},

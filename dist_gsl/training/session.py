@@ -151,9 +151,12 @@ def run(
 
 
 def neuron_norms(neurons: Neurons) -> dict[str, Tensor]:
-    """Each neuron's norm, {layer name: float32 (num_neurons,)} on the CPU."""
+    """Each neuron's norm, {layer name: float32 (starting_neurons,)} on the CPU; 0 for those that were removed."""
     with torch.no_grad():
-        return {layer.name: row_norms(neurons.parts(layer)).float().cpu() for layer in neurons}
+        return {
+            layer.name: layer.in_starting_network(row_norms(neurons.parts(layer)).float().cpu())
+            if layer.num_neurons else torch.zeros(layer.starting_neurons) for layer in neurons
+        }  # fmt: skip
 
 
 def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
@@ -171,7 +174,7 @@ def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"data.start_size: {config.network.name} takes no images of {start} pixels ({reason}); leave it out") from error
     if config.train.init is not None:
-        initialise(model, config.train.init)
+        initialise(model, neurons, config.train.init)
     starting_betas(
         config.penalty,
         neurons,

@@ -5,6 +5,7 @@ Imports torch alone.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_gsl import removal
+from dist_gsl.compaction import check_dead_are_zero, compact
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import PenaltyConfig, SparseGroupLasso, make_penalty, starting_betas
 from dist_gsl.proximal import ProximalSGD
+from dist_gsl.removal import Removal
 from dist_gsl.tracing import find_neurons
 from dist_gsl.training import checkpoint
 from dist_gsl.training.config import TrainConfig
@@ -32,12 +35,50 @@ class Position:
     step: int = 0
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a network is trained with, whatever its widths."""
+
+    train: TrainConfig
+    penalty: PenaltyConfig
+    steps_per_epoch: int
+    device: torch.device
+
+    def learning_rate(self, step: int) -> float:
+        return self.train.learning_rate_at(step, steps_per_epoch=self.steps_per_epoch)
+
+    def wrapped(self, model: nn.Module, neurons: Neurons, regulariser: SparseGroupLasso) -> tuple[DistributedDataParallel, ProximalSGD]:
+        """DDP and the optimizer of a network, attached to it."""
+        ddp = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        train, penalty = self.train, self.penalty
+        optimizer = ProximalSGD(
+            model.parameters(), neurons, regulariser, lr=self.learning_rate(0), momentum=train.momentum, nesterov=train.nesterov,
+            weight_decay=train.weight_decay, every=penalty.interval, revive=penalty.revive, min_alive=penalty.min_alive,
+            depth=penalty.depth, groups=penalty.groups,
+        )  # fmt: skip
+        optimizer.attach(ddp, max_grad_norm=train.max_grad_norm)
+        return ddp, optimizer
+
+    def average(self, model: nn.Module, neurons: Neurons, values: Mapping[str, Tensor] | None = None) -> AveragedModel | None:
+        """The moving average of a network's parameters, where one is asked for, from `values` or from the parameters themselves."""
+        if self.train.ema is None:
+            return None
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.train.ema), use_buffers=True)
+        averaged = average.module
+        neurons.register_copy(lambda: [{**dict(averaged.named_parameters()), **dict(averaged.named_buffers())}], is_model=True)
+        if values is not None:
+            averaged.load_state_dict(values)
+            average.n_averaged.fill_(1)  # or the first update would overwrite the average
+        return average
+
+
 @dataclass
 class RunState:
     """Everything that the next step reads, besides the data."""
 
     network: dict[str, Any]
     """Keyword arguments of `create_model`."""
+    setup: Setup
     model: nn.Module
     """The network itself, not wrapped."""
     ddp: DistributedDataParallel
@@ -59,6 +100,34 @@ class RunState:
     def evaluated(self) -> nn.Module:
         """The network that is evaluated, kept and compacted."""
         return self.model if self.average is None else self.average.module
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def shrink(self) -> None:
+        """Removes the dead neurons from all that the next step reads; training goes on as it would have with them. Every process of the
+        group calls it, with the same masks.
+
+        `RuntimeError`, with everything as it was, where the smaller network does not compute the same.
+        """
+        averaged = None
+        if self.average is not None:
+            check_dead_are_zero(self.average.module, self.neurons)
+            averaged = Removal(self.neurons).model(self.average.module).state_dict()
+        smaller = compact(self.model, self.neurons, self.optimizer)
+        assert smaller.optimizer_state is not None
+        was_training = self.model.training
+        model, neurons = smaller.model, smaller.neurons
+        warned = self.optimizer._warned
+        self.optimizer.detach()  # or both networks would stay in memory
+        self.ddp = self.optimizer = self.average = None  # type: ignore[assignment]
+        self.model, self.neurons = model.train(was_training), neurons
+        gc.collect()
+        self.ddp, self.optimizer = self.setup.wrapped(model, neurons, self.penalty)
+        self.average = self.setup.average(model, neurons, averaged)
+        self.optimizer.load_state_dict(smaller.optimizer_state)
+        self.optimizer._warned = warned
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts alone, so that `torch.load` reads it with `weights_only`.
@@ -86,13 +155,45 @@ def build_network(
     model = create_model(**network)
     neurons = find_neurons(model, torch.zeros(2, *image_shape))
     if state is not None:
-        saved = state["optimizer"]["neurons"]
-        if set(saved) != {layer.name for layer in neurons}:
-            raise ValueError("checkpoint: its layers are not those of the network; was it made by another version?")
+        saved = _saved_neurons(state, neurons)
         model, neurons = removal.set_widths(model, neurons, {name: s["indices"] for name, s in saved.items()})
         neurons.load_state_dict(saved)
         model.load_state_dict(state["model"])
     return model, neurons
+
+
+def build_whole(
+    network: Mapping[str, Any], *, image_shape: tuple[int, int, int], state: Mapping[str, Any], averaged: bool = False
+) -> tuple[nn.Module, Neurons]:
+    """The network of a checkpoint at its starting size, whatever was removed on the way: what is gone is there again, zero and masked.
+
+    averaged: with the moving average of its parameters, where there is one.
+    """
+    model, neurons = build_network(network, image_shape=image_shape)
+    saved = _saved_neurons(state, neurons)
+    values = state["average"] if averaged and state["average"] is not None else state["model"]
+    model.load_state_dict(_whole(model, neurons, saved, values))
+    for name, kept in saved.items():
+        neurons[name].mask[:] = False
+        neurons[name].mask[kept["indices"]] = kept["mask"]
+    return model, neurons
+
+
+def _whole(model: nn.Module, neurons: Neurons, saved: Mapping[str, Any], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network of any widths in those of its starting size."""
+    cut = removal.keeping(neurons, {name: s["indices"] for name, s in saved.items()})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: cut.whole(name, values[name], blank=torch.zeros_like(tensor) if name in parameters else tensor)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _saved_neurons(state: Mapping[str, Any], neurons: Neurons) -> dict[str, Any]:
+    saved: dict[str, Any] = state["optimizer"]["neurons"]
+    if set(saved) != {layer.name for layer in neurons}:
+        raise ValueError("checkpoint: its layers are not those of the network; was it made by another version?")
+    return saved
 
 
 def build(
@@ -111,51 +212,42 @@ def build(
     the parameters of `train.init`.
     """
     torch.manual_seed(train.seed)
+    setup = Setup(train, penalty, steps_per_epoch, device)
     model, neurons = build_network(network, image_shape=image_shape, state=state)
     if state is None and train.init is not None:
-        initialise(model, train.init)
-
-    def learning_rate(step: int) -> float:
-        return train.learning_rate_at(step, steps_per_epoch=steps_per_epoch)
-
+        initialise(model, neurons, train.init)
     betas = (
         dict(state["betas"])
         if state is not None
-        else starting_betas(penalty, neurons, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate)
+        else starting_betas(penalty, neurons, steps_per_epoch=steps_per_epoch, learning_rate=setup.learning_rate)
     )
     regulariser = make_penalty(penalty, neurons, betas=betas, steps_per_epoch=steps_per_epoch)
     memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     neurons = neurons.bound_to(model)
-    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = ProximalSGD(
-        model.parameters(), neurons, regulariser, lr=learning_rate(0), momentum=train.momentum, nesterov=train.nesterov,
-        weight_decay=train.weight_decay, every=penalty.interval, revive=penalty.revive, min_alive=penalty.min_alive, depth=penalty.depth, groups=penalty.groups,
-    )  # fmt: skip
-    average = None
-    if train.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)
-        averaged = average.module
-        neurons.register_copy(lambda: [{**dict(averaged.named_parameters()), **dict(averaged.named_buffers())}], is_model=True)
+    ddp, optimizer = setup.wrapped(model, neurons, regulariser)
+    average = setup.average(model, neurons, None if state is None else state["average"])
     position, history = Position(), []
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.module.load_state_dict(state["average"])
-            average.n_averaged.fill_(1)  # or the first update would overwrite the average
         position = Position(**state["position"])
         history = list(state["history"])
-    optimizer.attach(ddp, max_grad_norm=train.max_grad_norm)
     return RunState(
-        network=dict(network), model=model, ddp=ddp, neurons=neurons, penalty=regulariser, betas=betas,
+        network=dict(network), setup=setup, model=model, ddp=ddp, neurons=neurons, penalty=regulariser, betas=betas,
         optimizer=optimizer, average=average, position=position, history=history,
     )  # fmt: skip
 
 
-def initialise(model: nn.Module, path: str) -> None:
-    """Takes a checkpoint's parameters. `ValueError` where it is of another network or other widths."""
-    source: dict[str, Tensor] = checkpoint.load(path)["model"]
+def initialise(model: nn.Module, neurons: Neurons, path: str) -> None:
+    """Takes a checkpoint's parameters, zeros where it has neurons no more. `ValueError` where it is of another network or other widths."""
+    state = checkpoint.load(path)
+    source: dict[str, Tensor] = state["model"]
     wanted = model.state_dict()
+    saved = state["optimizer"]["neurons"]
+    if all(name in source for name in wanted) and set(saved) == {layer.name for layer in neurons}:
+        starting = {name: values["starting_neurons"] for name, values in saved.items()}
+        if all(layer.num_neurons == starting[layer.name] for layer in neurons):
+            source = _whole(model, neurons, saved, source)
     odd = [name for name in wanted if name not in source or source[name].shape != wanted[name].shape]
     if odd:
         raise ValueError(

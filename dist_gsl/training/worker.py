@@ -57,7 +57,7 @@ def train_worker(job: dict[str, Any]) -> None:
             ray.train.report(metrics)
             return
         norms = {name: values.numpy() for name, values in session.neuron_norms(run_state.neurons).items()}
-        masks = {layer.name: layer.alive().numpy() for layer in run_state.neurons}
+        masks = {layer.name: layer.in_starting_network(layer.mask).numpy() for layer in run_state.neurons}
         # Before the checkpoint: an epoch told twice does no harm, one never told is lost.
         events.put_nowait(("epoch", record, norms, masks))
         with tempfile.TemporaryDirectory() as directory:

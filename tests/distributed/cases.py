@@ -18,7 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_gsl import ProximalSGD, SparseGroupLasso, compact, find_neurons
 from dist_gsl.neurons import Neurons
+from dist_gsl.training.shrinking import agree
+from dist_gsl.training.state import build
 from tests.networks import IMAGE, batches, chain
+from tests.training.trainings import NETWORK, PENALTY, TRAIN, Course
 
 BETA = {True: 0.05, False: 0.02}  # with BatchNorm and without: kills some within 15 steps, and not all
 
@@ -282,3 +285,32 @@ def state_goes_on(rank: int) -> list[str]:
     run(whole, data[25:])
     run(resumed, data[25:])
     return different(whole.state(), resumed.state())
+
+
+def with_removal_and_without(rank: int, *, shrink: str) -> dict[str, Any]:
+    """The same training twice in float64, each process on data of its own."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole, small = (Course(rule, network=NETWORK, epochs=2.0, num_steps=8, seed=rank) for rule in ("never", shrink))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return {
+        "difference": max(abs(a - b) for a, b in zip(whole.losses, small.losses, strict=True)), "num_steps": len(small.losses),
+        "num_removals": small.num_removals, "sizes": small.sizes, "alive": small.records[-1]["alive"],
+    }  # fmt: skip
+
+
+def death_in_one_process(rank: int, *, norm: float) -> dict[str, Any]:
+    """The second process loses a neuron that has `norm` times the norm of its layer's largest in the first."""
+    state = build(NETWORK, image_shape=(1, 32, 32), train=TRAIN, penalty=PENALTY, steps_per_epoch=6, device=torch.device("cpu"))
+    layer = state.neurons["features.conv2v"]
+    with torch.no_grad():
+        for rows in state.neurons.parts(layer):
+            rows[3] *= norm
+    if rank == 1:
+        state.neurons.zero_({layer.name: [3]})
+    try:
+        agree(state)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"alive": layer.mask.tolist(), "sum": [float(p.detach().double().sum()) for p in state.model.parameters()]}

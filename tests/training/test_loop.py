@@ -1,91 +1,18 @@
 """The loop on one process: what options change and what they must not, and resuming."""
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule
 from dist_gsl.training import checkpoint, loop
-from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.state import RunState, build
-
-NETWORK: dict[str, Any] = {"name": "dec3", "num_classes": 5, "width": 1 / 16, "batch_norm": False}
-TRAIN = TrainConfig(epochs=4, batch_size=8, learning_rate=0.02, schedule="cosine", warmup_epochs=0.5, channels_last=False)
-PENALTY = PenaltyConfig(beta=PerLayer(rest=1.7), unit="epochs", beta_schedule=Schedule(start=1, end=3))
-
-
-@dataclass
-class Batch:
-    images: Tensor
-    targets: Tensor
-
-
-class TensorBatches:
-    """Batches from tensors in memory, shuffled by epoch."""
-
-    def __init__(self, *, num_steps: int = 6, batch_size: int = 8, regression: bool = False) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(num_steps * batch_size, 1, 32, 32, generator=generator)
-        self.targets = torch.randint(0, 5, (num_steps * batch_size,), generator=generator)
-        if regression:
-            self.targets = torch.randn(num_steps * batch_size, 5, generator=generator)
-        self.num_steps, self.batch_size, self.epoch, self.start = num_steps, batch_size, 0, 0
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        self.epoch, self.start = epoch, start_step
-
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch))
-        for rows in itertools.islice(order.split(self.batch_size), self.start, None):
-            yield Batch(self.images[rows], self.targets[rows])
-
-
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def trained(
-    config: TrainConfig = TRAIN,
-    penalty: PenaltyConfig = PENALTY,
-    *,
-    state: dict | None = None,
-    network: dict | None = None,
-) -> tuple[RunState, list[dict]]:
-    data = TensorBatches(regression=config.loss == "square")
-    run_state = build(
-        network or NETWORK, image_shape=(1, 32, 32), train=config, penalty=penalty, steps_per_epoch=len(data),
-        device=torch.device("cpu"), state=state,
-    )  # fmt: skip
-    records: list[dict] = []
-    loop.train(
-        run_state, config=config, penalty=penalty, training_data=data, validation_data=data,
-        on_epoch=lambda _, record: records.append(record),
-    )  # fmt: skip
-    return run_state, records
-
-
-def equal(a: RunState, b: RunState, *, tolerance: float = 0.0) -> bool:
-    return all(
-        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
-        for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
-    )
+from tests.training.trainings import NETWORK, PENALTY, TRAIN, TensorBatches, equal, equal_tensors, trained
 
 
 def test_neurons_die_within_the_schedule_and_stay_dead() -> None:
-    state, records = trained()
+    state, records = trained(replace(TRAIN, shrink="never"))
     shares = [record["neurons"] for record in records]
     assert shares[0] == 0  # the penalty starts after the first epoch
     assert shares[2] > 5
@@ -130,10 +57,6 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, batch_norm: bool, ema: flo
     assert [record["epoch"] for record in resumed.history] == [1, 2, 3, 4]
 
 
-def equal_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 def test_accumulation_changes_nothing_but_rounding() -> None:
     assert equal(trained()[0], trained(replace(TRAIN, accumulate=3))[0], tolerance=1e-4)
 
@@ -155,7 +78,7 @@ def test_without_penalty_nothing_dies() -> None:
 
 
 def test_the_averaged_copy_has_the_same_dead_neurons() -> None:
-    state, _ = trained(replace(TRAIN, ema=0.5))
+    state, _ = trained(replace(TRAIN, ema=0.5, shrink="never"))
     average = dict(state.evaluated.named_parameters())
     assert state.evaluated is not state.model
     num_dead = 0
@@ -180,7 +103,7 @@ def test_an_exploding_loss_ends_with_the_remedy() -> None:
 
 
 def test_init_takes_parameters_of_the_same_network_only(tmp_path: Path) -> None:
-    first, _ = trained()
+    first, _ = trained(replace(TRAIN, shrink="never"))
     file = checkpoint.save(first.state_dict(), tmp_path)
     data = TensorBatches()
 

@@ -1,25 +1,16 @@
 """What a run finds out before it trains: how its data are read."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from dist_gsl import recipes
 from dist_gsl.config import RunConfig
 from dist_gsl.data import DataConfig
 from dist_gsl.models import NetworkConfig
 from dist_gsl.training import session
-
-
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def config(**data: object) -> RunConfig:

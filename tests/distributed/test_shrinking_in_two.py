@@ -1,0 +1,27 @@
+"""Two processes remove the same neurons at the same step."""
+
+import pytest
+
+from tests.distributed.pair import Pair
+
+
+@pytest.mark.parametrize("shrink", ["7", "10%", "epoch"])
+def test_training_goes_on_as_it_would_have(pair: Pair, shrink: str) -> None:
+    results = pair.run("with_removal_and_without", shrink=shrink)
+    for result in results:
+        assert result["difference"] <= 1e-9
+        assert result["num_steps"] == 64
+        assert result["num_removals"] >= 3
+    assert results[0]["sizes"] == results[1]["sizes"]
+    assert results[0]["alive"] == results[1]["alive"]
+
+
+def test_rounding_at_a_death_is_settled_by_the_first_process(pair: Pair) -> None:
+    first, second = pair.run("death_in_one_process", norm=1e-7)
+    assert first["alive"][3] is True
+    assert first == second
+
+
+def test_another_difference_names_the_layer(pair: Pair) -> None:
+    for result in pair.run("death_in_one_process", norm=1.0):
+        assert result["error"].startswith("layer 'features.conv2v': processes differ in which neurons are dead, by more than rounding; ")

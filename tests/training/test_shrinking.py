@@ -1,0 +1,175 @@
+"""Dead neurons leave while training goes on, and training goes on as if they had stayed."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dist_gsl
+from dist_gsl.training import checkpoint, loop, session
+from dist_gsl.training.shrinking import Rule, removable_percent
+from dist_gsl.training.state import RunState, build, build_whole
+from tests.training.trainings import NETWORK, PENALTY, TRAIN, Course, TensorBatches, equal, trained
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def same_course(shrink: str, **options: Any) -> Course:
+    """Asserts that losses, measures and the network that is left are those of the training without removal."""
+    whole, small = Course("never", **options), Course(shrink, **options)
+    difference = (torch.tensor(whole.losses) - torch.tensor(small.losses)).abs() / torch.tensor(whole.losses).abs().clamp_min(1)
+    assert len(small.losses) == 8 * options["num_steps"]
+    assert float(difference.max()) <= 1e-9
+    told = ("neurons", "group_param", "total_param", "total_induced", "all_neurons")
+    for a, b in zip(whole.records, small.records, strict=True):
+        assert {key: b[key] for key in told} == pytest.approx({key: a[key] for key in told})
+        assert a["alive"] == b["alive"]
+        assert b["val_loss"] == pytest.approx(a["val_loss"], abs=1e-9)
+    shape = TensorBatches(size=options.get("size", 32), channels=options["network"].get("in_channels", 1)).image_shape
+    again, neurons = build_whole(options["network"], image_shape=shape, state=small.state.state_dict())
+    parameters = dict(whole.state.model.named_parameters())
+    for name, tensor in again.named_parameters():
+        assert torch.allclose(tensor, parameters[name], rtol=0, atol=1e-9), name
+    for layer in whole.state.neurons:
+        assert torch.equal(neurons[layer.name].mask, layer.mask), layer.name
+    return small
+
+
+NEVER_SEEN = "ignore:layer .* would kill every neuron"
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings(NEVER_SEEN)
+@pytest.mark.parametrize("shrink", ["5", "10%", "epoch"])
+def test_training_goes_on_as_it_would_have(shrink: str) -> None:
+    small = same_course(shrink, network={**NETWORK, "batch_norm": True}, epochs=2.0, num_steps=8)
+    assert small.num_removals >= 3
+    assert small.sizes[-1] < small.sizes[0] / 2
+    assert small.records[-1]["parameters"] == small.sizes[-1]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings(NEVER_SEEN, "ignore:stepping after backward")
+@pytest.mark.parametrize(
+    "options", [{"ema": 0.9}, {"max_grad_norm": 1.0}, {"accumulate": 2, "nesterov": True, "weight_decay": 1e-3}, {"momentum": 0.0}], ids=str
+)
+def test_so_do_all_its_parts(options: dict[str, Any]) -> None:
+    assert same_course("5", network=NETWORK, epochs=2.0, num_steps=6, **options).num_removals >= 3
+
+
+ZOO: dict[str, dict[str, Any]] = {
+    "bnet": {"width": 1 / 64, "in_channels": 3, "image_size": 64}, "bnet-c": {"width": 1 / 16, "in_channels": 3, "image_size": 64},
+    **{key: {"width": 1 / 32, "in_channels": 3} for key in ("dec8", "dec8-640", "dec8-768")}, "dec3": {"width": 1 / 16},
+    "resnet18": {"width": 1.0, "in_channels": 1},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings(NEVER_SEEN)
+@pytest.mark.parametrize("name", ZOO)
+def test_every_network(name: str) -> None:
+    options = {"name": name, "num_classes": 5, "batch_norm": None, **ZOO[name]}
+    is_large = name == "resnet18"  # there is no smaller one
+    small = same_course(
+        "epoch", network=options, epochs=2.0, num_steps=6 if is_large else 25, size=32 if is_large or name == "dec3" else 64,
+        batch_size=4 if is_large else 8,
+    )  # fmt: skip
+    assert small.num_removals >= 3
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings(NEVER_SEEN)
+def test_dropout_is_drawn_for_the_removed_too() -> None:
+    network = {"name": "bnet", "num_classes": 5, "batch_norm": None, **ZOO["bnet"]}
+    small = same_course("2", network=network, epochs=2.0, num_steps=4, size=64)
+    assert small.num_removals >= 3
+    assert {"fc1", "fc2"} & {name.rpartition(".")[2] for name, alive in small.records[-1]["alive"].items() if alive < 64}
+
+
+def test_resumed_after_removals_equals_uninterrupted(tmp_path: Path) -> None:
+    config = replace(TRAIN, shrink="3", ema=0.9)
+    whole, records = trained(config)
+    saved: list[int] = []
+
+    def stop(state: RunState, record: dict[str, Any]) -> None:
+        if record["epoch"] == 3:
+            checkpoint.save(state.state_dict(), tmp_path)
+            saved.append(record["parameters"])
+            raise InterruptedError
+
+    data = TensorBatches()
+    part = build(
+        NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(data), device=torch.device("cpu")
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        loop.train(part, config=config, penalty=PENALTY, training_data=data, validation_data=data, on_epoch=stop)
+    resumed, rest = trained(config, state=checkpoint.load(tmp_path))
+    assert saved[0] < 0.9 * records[0]["parameters"]
+    assert equal(whole, resumed)
+    assert rest[-1]["val_loss"] == records[-1]["val_loss"]
+
+
+def test_old_networks_and_buckets_are_let_go() -> None:
+    state, _ = trained(replace(TRAIN, shrink="never"))
+    before: list[weakref.ref[object]] = [weakref.ref(state.ddp), weakref.ref(state.optimizer), weakref.ref(state.model)]
+    state.shrink()
+    assert [kept() for kept in before] == [None, None, None]
+
+
+def test_init_from_a_smaller_network_has_zeros(tmp_path: Path) -> None:
+    small, _ = trained(replace(TRAIN, shrink="epoch"))
+    whole, _ = trained(replace(TRAIN, shrink="never"))
+    file = checkpoint.save(small.state_dict(), tmp_path)
+    started = build(
+        NETWORK, image_shape=(1, 32, 32), train=replace(TRAIN, init=str(file)), penalty=PENALTY, steps_per_epoch=6,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert small.num_parameters < whole.num_parameters
+    assert equal(started, whole, tolerance=1e-5)
+
+
+def test_norms_are_told_of_the_starting_network() -> None:
+    small, _ = trained(replace(TRAIN, shrink="epoch"))
+    whole, _ = trained(replace(TRAIN, shrink="never"))
+    for name, norms in session.neuron_norms(small.neurons).items():
+        assert torch.allclose(norms, session.neuron_norms(whole.neurons)[name], atol=1e-5)
+        assert torch.equal(small.neurons[name].in_starting_network(small.neurons[name].mask), whole.neurons[name].mask)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [("never", Rule(epoch=False)), ("epoch", Rule()), ("200", Rule(steps=200)), ("5%", Rule(percent=5)), ("0.5 %", Rule(percent=0.5))],
+)
+def test_rules(text: str, rule: Rule) -> None:
+    assert Rule.parse(text) == rule
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "0%", "100%", "often", "5 percent", "1e3"])
+def test_other_rules_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"train\.shrink is .*must be never, epoch, a number of steps"):
+        replace(TRAIN, shrink=text)
+
+
+def test_the_share_that_can_go() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    neurons = dist_gsl.find_neurons(model, torch.randn(1, 3))
+    assert removable_percent(neurons) == 0
+    neurons.zero_({"0": [1, 2]})
+    assert removable_percent(neurons) == pytest.approx(100 * 2 * (3 + 1 + 2) / 26)
+
+
+def test_revivable_neurons_stay() -> None:
+    _, records = trained(replace(TRAIN, shrink="epoch"), replace(PENALTY, revive=True))
+    assert records[-1]["neurons"] > 0
+    assert len({record["parameters"] for record in records}) == 1
