@@ -60,7 +60,7 @@ def train(params: dict[str, Any], data_dir: Path) -> tuple[float, float]:
 
     config = applied(base_config(data_dir), params)
     state = session.run(
-        config, data_dir=data_dir, device=torch.device("cpu"), state=None, on_epoch=lambda state, record: None
+        config, data_dir=data_dir, device=torch.device("cpu"), on_epoch=lambda state, record: None
     )
     record = state.history[-1]
     return record["val_top1"], 100.0 - record["all_neurons"]
@@ -73,7 +73,7 @@ def search(searcher: str, seed: int, num_trials: int, data_dir: Path, folder: Pa
     import torch
     import torch.distributed as dist
 
-    from dist_gsl.training.loop import DivergedError
+    from dist_gsl.training.watch import DivergedError
     from dist_gsl.tuning.searchers import Known, suggest
 
     warnings.simplefilter("ignore")

@@ -80,6 +80,9 @@ class Display(Listener):
             highlight=False,
         )
 
+    def note(self, text: str) -> None:
+        self.console.print(f"{self.title}: {text}", highlight=False)
+
     def warning(self, text: str) -> None:
         self.console.print(f"{self.title}: warning: {text}", highlight=False)
 

@@ -18,7 +18,6 @@ from dist_gsl.display import Display, Steps
 from dist_gsl.launch import Listener
 from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
-from dist_gsl.storage import StorageAwayError
 from dist_gsl.tracking import Tracker
 
 BASELINE = "-baseline"
@@ -35,19 +34,22 @@ class _Recorder(Listener):
     def progress(self, epoch: int, step: int, num_steps: int, loss: float, images_per_second: float) -> None:
         self.display.progress(epoch, step, num_steps, loss, images_per_second)
 
+    def note(self, text: str) -> None:
+        self.display.note(text)
+
     def warning(self, text: str) -> None:
         self.display.warning(text)
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         self.display.epoch(record, norms, masks)
         self.tracker.epoch(record)
-        self.folder.save_mlflow_run_id(self.tracker.run_id)  # the store may not have been there at the beginning
         self.log.append(record["epoch"], norms, masks)
-        self.log.write(self.log_file)
         try:
+            self.folder.save_mlflow_run_id(self.tracker.run_id)  # the store may not have been there at the beginning
+            self.log.write(self.log_file)
             self.folder.push()
-        except StorageAwayError as error:
-            self.display.warning(f"{error}; it is sent again after the next epoch")
+        except OSError as error:  # a full disk, a storage that is away: what is told here is kept until the next time
+            self.display.warning(f"{error}; it is written again after the next epoch")
 
 
 def is_begun(runs_dir: Path, name: str) -> bool:
@@ -69,7 +71,8 @@ def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) ->
         before, now = folder.config.flat(), config.flat()
         # The cosine schedule alone depends on where it ends; the others may be gone on with for longer.
         longer = config.train.schedule != "cosine" and now["train.epochs"] > before["train.epochs"]
-        free = ("workers.", *(["train.epochs"] if longer else []))
+        # What changes no number that training computes, but by rounding.
+        free = ("workers.", "train.checkpoint_", "train.on_divergence", "train.shrink", *(["train.epochs"] if longer else []))
         changed = [key for key in now if before.get(key) != now[key] and not key.startswith(free)]
         if changed:
             key = changed[0]
@@ -156,7 +159,7 @@ def _take_over(source: RunFolder, folder: RunFolder) -> None:
     temporary = folder.path.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if source.last_checkpoint() is not None:
+    if source.checkpoints.names():
         shutil.copytree(source.path / runs.CHECKPOINTS, temporary / runs.CHECKPOINTS)
     if (source.path / NEURON_LOG).exists():
         shutil.copy(source.path / NEURON_LOG, temporary / NEURON_LOG)
@@ -180,8 +183,7 @@ def _train_and_report(
     folder.path.mkdir(parents=True, exist_ok=True)
     config.save(folder.config_file)
     tracker: Tracker = tracking.MlflowTracker(runs_dir) if track else tracking.NullTracker()
-    last = folder.last_checkpoint()
-    state = None if last is None else folder.state()
+    state = folder.last_state()
     tracker.start(
         folder.name, config.flat() | config.effective(), {"recipe": recipe}, run_id=folder.mlflow_run_id()
     )
@@ -191,7 +193,7 @@ def _train_and_report(
     for record in [] if state is None else state["history"]:  # whoever trained it may not have come to tell
         tracker.epoch(record)
     try:
-        if not folder.is_finished:
+        if state is None or state["position"]["epoch"] < config.train.epochs:
             with Display(console, title=folder.name, num_epochs=config.train.epochs) as display:
                 recorder = _Recorder(display, tracker, folder)
                 if recorder.log_file.exists():
@@ -204,7 +206,7 @@ def _train_and_report(
         status = tracking.Status.KILLED
         raise
     except BaseException:
-        if is_new and folder.last_checkpoint() is None:  # nothing was learned: leave the name free
+        if is_new and not folder.checkpoints.names():  # nothing was learned: leave the name free
             shutil.rmtree(folder.path, ignore_errors=True)
             if folder.remote is not None:
                 storage.remove(folder.remote)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +31,9 @@ class Listener:
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         """After each epoch: the record, each layer's neuron norms and which are alive (numpy, (neurons,))."""
+
+    def note(self, text: str) -> None:
+        """What the first worker tells of how it goes on."""
 
     def warning(self, text: str) -> None:
         """What the first worker warns of."""
@@ -122,15 +127,16 @@ def connected(workers: WorkersConfig) -> Iterator[None]:
 def _resources(workers: WorkersConfig) -> Resources:
     nodes = _nodes()
     slots = sum(int(node.get("CPU", 0) // workers.cpus) for node in nodes)  # a worker lies on one node
-    if slots < workers.num:
+    if slots < workers.fewest:
         available = sum(node.get("CPU", 0) for node in nodes)
-        raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "the cluster"))
+        raise ValueError(_too_many(workers, "CPU", workers.fewest * workers.cpus, available, "the cluster"))
     gpu_slots = sum(min(int(node.get("CPU", 0) // workers.cpus), int(node.get("GPU", 0))) for node in nodes)
-    gpu = gpu_slots >= workers.num if workers.gpu is None else workers.gpu
-    if gpu and gpu_slots < workers.num:
+    gpu = gpu_slots >= workers.fewest if workers.gpu is None else workers.gpu
+    if gpu and gpu_slots < workers.fewest:
         available = sum(node.get("GPU", 0) for node in nodes)
-        raise ValueError(_too_many(workers, "GPU", workers.num, available, "the cluster"))
-    return Resources(workers.num, gpu, max(1, (gpu_slots if gpu else slots) // workers.num), len(nodes))
+        raise ValueError(_too_many(workers, "GPU", workers.fewest, available, "the cluster"))
+    places = gpu_slots if gpu else slots
+    return Resources(min(workers.num, places), gpu, max(1, places // workers.num), len(nodes))
 
 
 def _nodes() -> list[Mapping[str, float]]:
@@ -175,12 +181,13 @@ def is_job() -> bool:
 def check_machine(workers: WorkersConfig) -> None:
     """`ValueError` where no cluster is named and this machine has too few CPUs."""
     available = os.cpu_count() or 1
-    if cluster_address(workers) is None and workers.num * workers.cpus > available:
-        raise ValueError(_too_many(workers, "CPU", workers.num * workers.cpus, available, "this machine"))
+    if cluster_address(workers) is None and workers.fewest * workers.cpus > available:
+        raise ValueError(_too_many(workers, "CPU", workers.fewest * workers.cpus, available, "this machine"))
 
 
 def _too_many(workers: WorkersConfig, kind: str, need: float, available: float, where: str) -> str:
-    return f"workers: {workers.num} workers need {need:g} {kind}s, {where} has {available:g}; lower --workers.num" + (
+    field = "num" if workers.min is None else "min"
+    return f"workers: {workers.fewest} workers need {need:g} {kind}s, {where} has {available:g}; lower --workers.{field}" + (
         " or --workers.cpus" if kind == "CPU" else " or set --workers.gpu False"
     )
 
@@ -211,45 +218,54 @@ def train(
 
     # On this process's node: what takes the queue away takes this process too.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    events, stop = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
     file_system, place = (None, str(folder.path)) if folder.remote is None else storage.opened(folder.remote)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.to_dict(), "folder": folder.remote or str(folder.path), "events": events},
+        train_loop_config={
+            "config": config.to_dict(), "folder": folder.remote or str(folder.path), "checkpoints": folder.checkpoints.folder, "events": events,
+            "stop": stop,
+        },
         # Who has the data waits for who still copies them.
         torch_config=TorchConfig(timeout_s=STAGING_TIMEOUT_S if storage.is_uri(config.data.dir or "") else 1800),
         scaling_config=ray_train.ScalingConfig(
-            num_workers=resources.num_workers, use_gpu=resources.gpu,
+            num_workers=resources.num_workers if config.workers.min is None else (config.workers.min, config.workers.num),
+            elastic_resize_monitor_interval_s=config.workers.resize_interval, use_gpu=resources.gpu,
             resources_per_worker={"CPU": config.workers.cpus, **({"GPU": 1} if resources.gpu else {})},
         ),
         run_config=ray_train.RunConfig(
+            # Our checkpoints are not Ray's, which sees here that all nodes see the folder.
             name=CHECKPOINTS, storage_path=place, storage_filesystem=file_system,
-            # The two best by validation, and always the last.
-            checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="score"),
             failure_config=ray_train.FailureConfig(max_failures=config.workers.max_failures, controller_failure_limit=0),
         ),
     )  # fmt: skip
     try:
-        failure = _fit(trainer, events, listener)
+        failure = _fit(trainer, events, listener, lambda: stop.put(True))
     except TrainingFailedError as error:
         raise RuntimeError(_reason(error)) from error
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"Ray failed: {str(error).strip().splitlines()[0]}") from error
     finally:
-        events.shutdown(force=True)
+        for queue in (events, stop):
+            queue.shutdown(force=True)
     if failure is not None:
         raise RuntimeError(failure)
 
 
-def _fit(trainer: Any, events: Any, listener: Listener) -> str | None:
+STOP_GRACE_S = 25.0
+"""Time that the workers have to keep their state after somebody asked the run to end; Slurm and Kubernetes kill after 30 s."""
+
+
+def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], object]) -> str | None:
     """Trains, and hands every event to the listener as it comes; what the workers gave up on, if they did.
 
-    Training runs on the side: on the main thread Ray would take Ctrl-C for itself, and the listener would come late.
+    Training runs on the side: on the main thread Ray would take Ctrl-C for itself, and the listener would come late. The first Ctrl-C or
+    SIGTERM asks the workers to keep their state and end, by `stop`; what it would have done before is done then, or at the second.
     """
     from ray.util.queue import Empty
 
     outcome: list[BaseException] = []
-    failure = None
+    failure, deadline = None, math.inf
 
     def fit() -> None:
         try:
@@ -259,26 +275,65 @@ def _fit(trainer: Any, events: Any, listener: Listener) -> str | None:
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    while True:
-        is_over = not thread.is_alive()  # asked before the queue, so that nothing is left in it afterwards
-        try:
-            kind, *content = events.get(timeout=0.5)
-        except Empty:
-            if is_over:
+    with _postponed_signals() as signals:
+        while True:
+            is_over = not thread.is_alive()  # asked before the queue, so that nothing is left in it afterwards
+            if signals and deadline == math.inf:
+                deadline = time.monotonic() + STOP_GRACE_S
+                stop()
+                listener.warning("the workers keep their state and end; Ctrl-C once more ends at once")
+            if time.monotonic() > deadline:
                 break
-            continue
-        if kind == "progress":
-            p = content[0]
-            listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
-        elif kind == "warning":
-            listener.warning(*content)
-        elif kind == "failed":
-            (failure,) = content
-        else:
-            listener.epoch(*content)
+            try:
+                kind, *content = events.get(timeout=0.5)
+            except Empty:
+                if is_over:
+                    break
+                continue
+            if kind == "progress":
+                p = content[0]
+                listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
+            elif kind == "warning":
+                listener.warning(*content)
+            elif kind == "note":
+                listener.note(*content)
+            elif kind == "failed":
+                (failure,) = content
+            else:
+                listener.epoch(*content)
     if outcome:
         raise outcome[0]
     return failure
+
+
+@contextmanager
+def _postponed_signals() -> Iterator[list[int]]:
+    """A list to which the first SIGINT or SIGTERM is added; its handler is called at the end, or at the second signal. On another thread than
+    the main one signals are not ours."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        arrived.append(number)
+        handler = handlers[signal.Signals(number)]
+        if len(arrived) > 1 and callable(handler):
+            handler(number, frame)
+
+    noted = [number for number, handler in handlers.items() if callable(handler)]
+    for number in noted:
+        signal.signal(number, note)
+    try:
+        yield arrived
+    finally:
+        for number in noted:
+            signal.signal(number, handlers[number])
+    for first in arrived[:1]:
+        handler = handlers[signal.Signals(first)]
+        assert callable(handler)
+        handler(first, None)
 
 
 def _reason(error: BaseException) -> str:
@@ -286,7 +341,8 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if not failures:
         cause = getattr(error, "controller_failure", error)
-        return f"training failed: {str(cause).strip().splitlines()[0]}"
+        lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()] or [type(cause).__name__]
+        return f"training failed: {lines[0]}" + (f" {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else "")
     messages = []
     for rank, cause in sorted(failures.items()):
         lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from dist_gsl.config import RunConfig
 from dist_gsl.measures import measure
 from dist_gsl.neurons import Neurons
 from dist_gsl.report import Report
-from dist_gsl.training import checkpoint, loop, session
+from dist_gsl.training import loop, session
+from dist_gsl.training.checkpoint import Checkpoints
 from dist_gsl.training.state import build_whole
 
 CHECKPOINTS = "checkpoints"
@@ -92,35 +94,30 @@ class RunFolder:
             temporary.write_text(json.dumps({"mlflow_run_id": run_id}))
             os.replace(temporary, self.path / TRACKING)
 
-    def last_checkpoint(self) -> Path | None:
-        """The last one that was written whole: Ray Train lists a checkpoint when its files are there, and resumes by
-        that list."""
-        snapshot, remote = self.path / CHECKPOINTS / "checkpoint_manager_snapshot.json", self.remote
-        if remote is not None:  # what is here may be of an earlier run of this name
-            storage.fetch(storage.join(remote, CHECKPOINTS, snapshot.name), snapshot)
-        if not snapshot.exists():
-            return None
-        latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-        if latest is None:
-            return None
-        file = snapshot.parent / latest["checkpoint_dir_name"] / checkpoint.FILE
-        if remote is not None:
-            storage.fetch(storage.join(remote, CHECKPOINTS, file.parent.name, file.name), file)
-        return file
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where they belong, by path or URI."""
+        return Checkpoints(self.path / CHECKPOINTS if self.remote is None else storage.join(self.remote, CHECKPOINTS))
+
+    def last_state(self) -> dict[str, Any] | None:
+        """The last good checkpoint; None if there is none yet. Warns of damaged ones that are passed over."""
+        last = self.checkpoints.last(lambda text: warnings.warn(text, stacklevel=2))
+        return None if last is None else last[1]
 
     def state(self) -> dict[str, Any]:
-        """The last checkpoint. `ValueError` if there is none yet."""
-        last = self.last_checkpoint()
-        if last is None:
+        """The last good checkpoint. `ValueError` if there is none yet."""
+        state = self.last_state()
+        if state is None:
             raise ValueError(
                 f"run {self.name!r} has no checkpoint yet: train it first, `dist-gsl train {self.config_file}`"
             )
-        return checkpoint.load(last)
+        return state
 
     @property
     def is_finished(self) -> bool:
-        last = self.last_checkpoint()
-        return last is not None and last.parent.name == f"epoch-{self.config.train.epochs:04d}"
+        """Is it trained to its end?"""
+        state = self.last_state()
+        return state is not None and bool(state["position"]["epoch"] >= self.config.train.epochs)
 
 
 @dataclass

@@ -128,6 +128,18 @@ def remove(uri: str) -> None:
         system.delete_dir(path)
 
 
+def subfolders(uri: str) -> list[str]:
+    """Names of the folders in a folder; none where it is not there. `StorageAwayError` where that cannot be known."""
+    from pyarrow.fs import FileSelector, FileType
+
+    system, path = opened(uri)
+    try:
+        infos = system.get_file_info(FileSelector(path, allow_not_found=True))
+    except OSError as error:
+        raise StorageAwayError(f"{uri} cannot be listed: {_first_line(error)}") from error
+    return [PurePosixPath(info.path).name for info in infos if info.type is FileType.Directory]
+
+
 def check_writable(uri: str, name: str) -> None:
     """`StorageAwayError` unless a file of that name can be written under the address, and deleted again."""
     system, path = opened(join(uri, name))

@@ -29,6 +29,10 @@ from dist_gsl.training.config import TrainConfig
         ({"train": {"seed": None}}, "train.seed must have a value"),
         ({"network": {"name": "dec33"}}, "dec3"),
         ({"workers": {"num": 0}}, "workers.num is 0"),
+        ({"workers": {"num": 2, "min": 3}}, "workers.min is 3, must be from 1 to workers.num 2"),
+        ({"workers": {"resize_interval": 0.0}}, "workers.resize_interval is 0.0, must be above 0"),
+        ({"train": {"checkpoint_steps": 0}}, "train.checkpoint_steps is 0, must be at least 1"),
+        ({"train": {"checkpoint_minutes": 0.0}}, "train.checkpoint_minutes is 0.0, must be above 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(values: dict, message: str) -> None:

@@ -206,6 +206,13 @@ def test_workers_lie_on_nodes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         launch._resources(WorkersConfig(num=3, cpus=2))
 
 
+def test_few_workers_are_enough_where_they_may_be_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_nodes", nodes({"CPU": 3}))
+    assert launch._resources(WorkersConfig(num=8, min=2)) == launch.Resources(3, False, 1, 1)
+    with pytest.raises(ValueError, match=r"4 workers need 4 CPUs, the cluster has 3; lower --workers\.min"):
+        launch._resources(WorkersConfig(num=8, min=4))
+
+
 def test_an_autoscaler_s_machines_count(monkeypatch: pytest.MonkeyPatch) -> None:
     head = {"CPU": 0.0, "memory": 1.0}
     one = {"CPU": 8.0, "GPU": 1.0, "memory": 1.0}

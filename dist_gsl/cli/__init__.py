@@ -7,6 +7,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -97,3 +99,14 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="No complete tensor found", module="torch.export")
+    show, package = warnings.showwarning, str(Path(__file__).parent.parent)
+
+    def one_line(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    ) -> None:
+        if filename.startswith(package):
+            print(f"dist-gsl: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = one_line

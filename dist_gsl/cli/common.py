@@ -99,6 +99,7 @@ def with_overrides(command: str, config: RunConfig, arguments: list[str]) -> Run
     from dist_gsl.config import check_field, field_names
 
     known = [*field_names(), "penalty.beta.by_layer", "penalty.alpha.by_layer"]
+    arguments = expand_workers(arguments)
     for argument in arguments:
         if argument.startswith("--") and argument != "--help":
             check_field(argument[2:].partition("=")[0].replace("-", "_"), known)
@@ -120,6 +121,23 @@ def with_overrides(command: str, config: RunConfig, arguments: list[str]) -> Run
         lines = [line.strip(" │|─-+╭╮╰╯") for line in complaint.getvalue().splitlines()[1:]]
         message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines))
         raise ValueError(re.sub(r"^Error parsing \S+: (?=\w+: |\w+\.\w)", "", " ".join(message))) from None
+
+
+def expand_workers(arguments: list[str]) -> list[str]:
+    """`--workers 2:8` in words of the config: at least 2, at most 8; `--workers 4`: 4."""
+    found: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, given, value = argument.partition("=")
+        if name != "--workers":
+            found.append(argument)
+            continue
+        value = value if given else next(rest, "")
+        matched = re.fullmatch(r"(?:(\d+):)?(\d+)", value)
+        if matched is None:
+            raise ValueError(f"--workers {value!r} must be a number of processes such as 4, or the fewest and the most such as 2:8")
+        found += ["--workers.num", matched[2], *([] if matched[1] is None else ["--workers.min", matched[1]])]
+    return found
 
 
 def dry_run(name: str, config: RunConfig, console: Console, *, command: str = "train") -> int:

@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
         "Ctrl-C stops the job; with --no-wait it is left alone, and `dist-gsl jobs` looks after it.",
     )  # fmt: skip
     _add_address(submit)
-    submit.add_argument("--workers", type=int, metavar="N", help="processes that train together (as in the config)")
+    submit.add_argument("--workers", metavar="N|MIN:MAX", help="processes that train together, or the fewest and the most of them")
     submit.add_argument(
         "--gpus-per-worker", type=int, choices=(0, 1), help="GPUs of each worker (one if the cluster has as many)"
     )
@@ -72,7 +72,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 def _submit(options: argparse.Namespace, console: Console) -> int:
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if options.workers is not None:
-        arguments = [*arguments, "--workers.num", str(options.workers)]
+        arguments = [*arguments, "--workers", options.workers]
     if options.gpus_per_worker is not None:
         arguments = [*arguments, "--workers.gpu", str(bool(options.gpus_per_worker))]
     if options.retry < 0 or (options.retry and not options.wait):

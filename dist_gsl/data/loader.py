@@ -51,6 +51,7 @@ class Loader:
         batch_size: samples of a step over all ranks.
         rank: number of this process.
         world_size: number of processes.
+        parts: into so many a step is cut, at least world_size, of which each process reads consecutive ones; None: one each.
         seed: seed of the order and of the augmentation, >= 0.
         train: shuffle, augment, and leave out the partial batch at the end.
         size: side in pixels of the images returned. None: as stored for grey images, 224 for colour.
@@ -78,6 +79,7 @@ class Loader:
         train: bool,
         rank: int = 0,
         world_size: int = 1,
+        parts: int | None = None,
         seed: int = 0,
         size: int | None = None,
         augment: Augment = Augment.NONE,
@@ -90,10 +92,12 @@ class Loader:
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
-        if batch_size < world_size:
+        if parts is not None and parts < world_size:
+            raise ValueError(f"parts must be at least world_size {world_size}, not {parts}")
+        if batch_size < (parts or world_size):
             raise ValueError(
                 f"batch_size is the number of samples of a step over all processes: it must be at least their number "
-                f"{world_size}, not {batch_size}"
+                f"{parts or world_size}, not {batch_size}"
             )
         if seed < 0:
             raise ValueError(f"seed must be >= 0, not {seed}")
@@ -108,7 +112,7 @@ class Loader:
                 f"batch_size {batch_size} is larger than the {self._beton.num_samples} samples of {self.path}, so a "
                 "training epoch would have no step: choose a smaller one"
             )
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.batch_size, self.rank, self.world_size, self.parts = batch_size, rank, world_size, parts or world_size
         self.seed, self.train = seed, train
         self.augment = augment if train else Augment.NONE
         self.device = torch.device(device)
@@ -193,6 +197,7 @@ class Loader:
             world_size=self.world_size,
             drop_last=self.train,
             start_step=self._start_step,
+            parts=self.parts,
         )
         mine = np.concatenate([np.empty(0, np.int64), *places])
         if window_of is not None:
@@ -229,7 +234,7 @@ class Loader:
         return order.num_steps(self.num_samples, batch_size=self.batch_size, drop_last=self.train)
 
     def _share_of(self, num_samples: int) -> int:
-        part = order.share(num_samples, rank=self.rank, world_size=self.world_size)
+        part = order.rank_share(num_samples, rank=self.rank, world_size=self.world_size, parts=self.parts)
         return part.stop - part.start
 
     @property

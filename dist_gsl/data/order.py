@@ -40,18 +40,37 @@ def share(num_samples: int, *, rank: int, world_size: int) -> slice:
     return slice(start, start + base + (rank < extra))
 
 
+def parts_of(*, rank: int, world_size: int, parts: int) -> range:
+    """Which of a step's `parts`, numbered in the order of their samples, are those of `rank`: consecutive ones, at least one."""
+    return range(rank * parts // world_size, (rank + 1) * parts // world_size)
+
+
+def rank_share(num_samples: int, *, rank: int, world_size: int, parts: int) -> slice:
+    """The contiguous part of a global batch that `rank` reads, where it is cut into `parts` whatever the number of processes."""
+    mine = parts_of(rank=rank, world_size=world_size, parts=parts)
+    return slice(share(num_samples, rank=mine[0], world_size=parts).start, share(num_samples, rank=mine[-1], world_size=parts).stop)
+
+
 def rank_batches(
-    order: NDArray[np.int64], *, batch_size: int, rank: int, world_size: int, drop_last: bool, start_step: int = 0
+    order: NDArray[np.int64],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    drop_last: bool,
+    start_step: int = 0,
+    parts: int | None = None,
 ) -> list[NDArray[np.int64]]:
     """The positions that `rank` reads in each step from `start_step` on, one array a step.
 
+    parts: into so many a step is cut, at least world_size; None: one for each process.
     All of them have the same length, but for the partial global batch at the end, of which a rank may get nothing; then
     this rank has one step less.
     """
     batches = []
     for step in range(start_step, num_steps(len(order), batch_size=batch_size, drop_last=drop_last)):
         batch = order[step * batch_size : (step + 1) * batch_size]
-        part = batch[share(len(batch), rank=rank, world_size=world_size)]
+        part = batch[rank_share(len(batch), rank=rank, world_size=world_size, parts=parts or world_size)]
         if len(part):
             batches.append(part)
     return batches

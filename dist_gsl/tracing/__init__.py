@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -87,14 +89,29 @@ class _FxTracer(fx.Tracer):
     def __init__(self, leaves: tuple[type[nn.Module], ...], *, sees_buffers: bool) -> None:
         super().__init__()
         self._leaves = leaves
-        self.record_stack_traces = True
         self.proxy_buffer_attributes = sees_buffers
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = _place()  # torch's own record of it imports its whole compiler, three seconds
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*self._leaves, *Convolution, *Transposed, *BatchNorm, nn.Linear, nn.MultiheadAttention)) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+
+def _place() -> str | None:
+    """The line of the network's own source that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and not file.startswith("<") and file != __file__:
+            return f'File "{file}", line {frame.f_lineno}'
+        frame = frame.f_back
+    return None
 
 
 class _Proxy(fx.Proxy):

@@ -9,6 +9,7 @@ from dist_gsl.training.shrinking import Rule
 
 LOSSES = ("cross-entropy", "square")
 SCHEDULES = ("step", "cosine", "constant")
+ON_DIVERGENCE = ("stop", "back")
 
 
 @dataclass
@@ -52,6 +53,13 @@ class TrainConfig:
     shrink: str = "never"
     """When dead neurons leave the training itself, which goes on with the smaller network as it would have gone on with them: "epoch": at
     the end of each; a number N: every N steps; "P%": as soon as P % of the parameters died; "never". With penalty.revive never."""
+    checkpoint_steps: int | None = None
+    """Steps between two checkpoints, besides the one at the end of each epoch; None: by time alone."""
+    checkpoint_minutes: float | None = 10.0
+    """Minutes after which a checkpoint is due within an epoch; None: none by time."""
+    on_divergence: str = "stop"
+    """What follows a loss that is not finite, or ten times that of the first steps. "stop": the run ends. "back": it goes on from the last
+    checkpoint with half the learning rate, five times at most."""
     init: str | None = None
     """Checkpoint file to take the parameters from, instead of a random start."""
     seed: int = 0
@@ -72,6 +80,9 @@ class TrainConfig:
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0, or left out"),
             ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+            ("checkpoint_steps", self.checkpoint_steps is None or self.checkpoint_steps >= 1, "at least 1, or left out"),
+            ("checkpoint_minutes", self.checkpoint_minutes is None or self.checkpoint_minutes > 0, "above 0, or None"),
+            ("on_divergence", self.on_divergence in ON_DIVERGENCE, "one of " + ", ".join(ON_DIVERGENCE)),
             ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1), or left out"),
         ]
         for field, is_right, need in checks:
@@ -99,6 +110,11 @@ class WorkersConfig:
 
     num: int = 2
     """Processes that train together; each takes its share of every step's samples."""
+    min: int | None = None
+    """Fewest processes to train with: the run uses what is there, from so many up to `num`, and goes on when machines come and go, with the
+    same batches, micro-batches and learning rate. `--workers 2:8` sets both. None: always `num`."""
+    resize_interval: float = 60.0
+    """Seconds between two looks at whether there is room for more processes, where `min` is set."""
     cpus: float = 1
     """CPUs of each worker, one of which is a thread of its own for computing."""
     gpu: bool | None = None
@@ -113,7 +129,16 @@ class WorkersConfig:
     def __post_init__(self) -> None:
         if self.num < 1:
             raise ValueError(f"workers.num is {self.num}, must be at least 1")
+        if self.min is not None and not 1 <= self.min <= self.num:
+            raise ValueError(f"workers.min is {self.min}, must be from 1 to workers.num {self.num}")
+        if self.resize_interval <= 0:
+            raise ValueError(f"workers.resize_interval is {self.resize_interval}, must be above 0")
         if self.cpus <= 0:
             raise ValueError(f"workers.cpus is {self.cpus}, must be above 0")
         if self.start_timeout <= 0:
             raise ValueError(f"workers.start_timeout is {self.start_timeout}, must be above 0")
+
+    @property
+    def fewest(self) -> int:
+        """Processes without which there is no training."""
+        return self.num if self.min is None else self.min

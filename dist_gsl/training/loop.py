@@ -17,11 +17,8 @@ from dist_gsl.measures import measure
 from dist_gsl.penalty import PenaltyConfig
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.shrinking import Rule, shrink
-from dist_gsl.training.state import Position, RunState
-
-
-class DivergedError(RuntimeError):
-    """The loss is not finite. Every worker raises it in the same epoch, and trying again would end the same way."""
+from dist_gsl.training.state import MicroBatch, Position, RunState
+from dist_gsl.training.watch import DivergedError, Outside, Watch
 
 
 class Batch(Protocol):
@@ -57,51 +54,50 @@ def train(
     validation_data: Batches,
     on_epoch: Callable[[RunState, dict[str, Any]], None],
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    outside: Outside | None = None,
 ) -> None:
-    """Trains from the state's position to the last epoch; `on_epoch` gets a record after each.
+    """Trains from the state's position to the last epoch; `on_epoch` gets a record after each, before its state is kept.
 
-    The loss is a sum over samples; the optimizer's hook divides by the samples of all workers. Every epoch starts its
-    random generators from (seed, epoch, rank), so that a position is all there is to resume from.
+    The loss is a sum over samples; the optimizer's hook divides by the samples of all workers. Every micro-batch starts its
+    random generators from (seed, epoch, step, its number), so that a position is all there is to resume from.
+
+    `DivergedError` and `StoppedError` in every process at the same step.
     """
     device = next(state.model.parameters()).device
     steps_per_epoch = len(training_data)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     rule = Rule.parse("never" if penalty.revive else config.shrink)
+    watch = Watch(config, outside or Outside())
     for epoch in range(state.position.epoch, config.epochs):
         start = state.position.step
-        torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1_000_003 + rank) % 2**63)
         training_data.set_epoch(epoch, start)
         state.ddp.train()
         # On the device until the epoch's end: reading a number would wait for the step.
-        totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
+        totals = _totals_before(state).to(device)  # loss, correct, samples
+        samples_before, seconds_before = float(totals[2]), state.seconds
+        watch.begin_epoch(totals)
         began = time.perf_counter()
         for step, batch in enumerate(training_data, start=start):
             learning_rate = config.learning_rate_at(epoch * steps_per_epoch + step, steps_per_epoch=steps_per_epoch)
             for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * state.rate_factor
             totals += train_step(state, config, batch)
             state.position = Position(epoch, step + 1)
             shrink(state, rule, epoch * steps_per_epoch + step + 1)
-            if rank == 0 and (step % 10 == 9 or step + 1 == steps_per_epoch):
-                seconds = time.perf_counter() - began
-                on_progress(
-                    Progress(
-                        epoch,
-                        step + 1,
-                        steps_per_epoch,
-                        float(totals[0] / totals[2]),
-                        float(totals[2]) * world_size / seconds,
-                    )
-                )
+            seconds = time.perf_counter() - began
+            state.seconds = seconds_before + seconds
+            is_last = step + 1 == steps_per_epoch
+            if rank == 0 and (step % 10 == 9 or is_last):
+                speed = (float(totals[2]) - samples_before) * world_size / seconds
+                on_progress(Progress(epoch, step + 1, steps_per_epoch, float(totals[0] / totals[2]), speed))
+            watch.after_step(state, totals, steps_done=step + 1 - start, step=epoch * steps_per_epoch + step + 1, is_last=is_last)
         state.optimizer.end_epoch()
         shrink(state, rule, (epoch + 1) * steps_per_epoch, epoch_ends=True)
-        seconds = time.perf_counter() - began
-        state.position = Position(epoch + 1, 0)
+        seconds = seconds_before + time.perf_counter() - began
+        state.position, state.seconds = Position(epoch + 1, 0), 0.0
         dist.all_reduce(totals)
         if not bool(torch.isfinite(totals[0])):
-            raise DivergedError(
-                f"the loss is not finite in epoch {epoch + 1}; lower train.learning_rate or set train.max_grad_norm"
-            )
+            raise DivergedError.at(state.position, "the loss is not finite")
         for buffer in state.evaluated.buffers():  # running statistics are each worker's own until the next forward
             dist.broadcast(buffer, 0)
         validation = evaluate(state.evaluated, validation_data, config, device=device)
@@ -114,6 +110,7 @@ def train(
             "beta_factor": penalty.beta_schedule.factor(epoch) if penalty.enabled else 0.0,
             **measure(state.evaluated, state.neurons).as_dict(),
             "parameters": state.num_parameters,
+            "workers": world_size,
             "images_per_second": float(totals[2]) / seconds,
             "seconds": seconds,
             "alive": {layer.name: int(layer.mask.sum()) for layer in state.neurons},
@@ -122,33 +119,68 @@ def train(
             del record["train_top1"]
         state.history.append(record)
         on_epoch(state, record)
+        watch.end_epoch(state)
+
+
+def _seed(seed: int, epoch: int, step: int, number: int) -> int:
+    return (((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_000_003 + number) % 2**63
+
+
+def _totals_before(state: RunState) -> Tensor:
+    """What this process has summed in the epoch up to the state's position, float64 (3,).
+
+    With another number of processes than before, the first one has it all.
+    """
+    rank, kept = dist.get_rank(), state.totals or []
+    if len(kept) == dist.get_world_size():
+        return torch.tensor(kept[rank], dtype=torch.float64)
+    return torch.tensor(kept, dtype=torch.float64).reshape(-1, 3).sum(0) if rank == 0 else torch.zeros(3, dtype=torch.float64)
 
 
 def train_step(state: RunState, config: TrainConfig, batch: Batch) -> Tensor:
-    """One step; (loss sum, correct answers, samples) of this worker, float64 (3,)."""
+    """One step; (loss sum, correct answers, samples) of this worker, float64 (3,).
+
+    What a micro-batch computes does not depend on which process computes it: BatchNorm sees its samples alone, random numbers follow from
+    its number, and buffers such as running statistics are those that the first one leaves, as all processes take them from the first.
+    """
     state.optimizer.zero_grad()
     num_samples = len(batch.targets)
     state.optimizer.set_num_samples(num_samples)
-    parts = max(1, min(config.accumulate, num_samples))
+    micro_batches = state.micro_batches or [MicroBatch(dist.get_rank(), num_samples)]
+    sizes = [each.size for each in micro_batches]
+    buffers = [b for b in state.model.buffers() if b.numel()] if len(sizes) > 1 else []
+    first_buffers: list[Tensor] = []
     totals = torch.zeros(3, dtype=torch.float64, device=batch.images.device)
-    for i, (images, targets) in enumerate(
-        zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
-    ):
+    for micro_batch, images, targets in zip(micro_batches, batch.images.split(sizes), batch.targets.split(sizes), strict=True):
+        torch.manual_seed(_seed(config.seed, state.position.epoch, state.position.step, micro_batch.number))
+        totals += _forward_and_backward(state, config, images, targets, is_last=micro_batch is micro_batches[-1])
+        if buffers and not first_buffers:
+            first_buffers = [b.clone() for b in buffers]
+    if buffers:
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, first_buffers)
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+    return totals
+
+
+def _forward_and_backward(state: RunState, config: TrainConfig, images: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:
+    parts = max(1, min(config.accumulate, len(targets)))
+    totals = torch.zeros(3, dtype=torch.float64, device=images.device)
+    for i, (some, theirs) in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)):
         # Gradients of all but the last part stay on this worker.
-        with state.ddp.no_sync() if i + 1 < parts else contextlib.nullcontext():
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=config.autocast):
-                outputs = state.ddp(images)
-            loss = sum_loss(outputs.float(), targets, config)
+        with contextlib.nullcontext() if is_last and i + 1 == parts else state.ddp.no_sync():
+            with torch.autocast(some.device.type, torch.bfloat16, enabled=config.autocast):
+                outputs = state.ddp(some)
+            loss = sum_loss(outputs.float(), theirs, config)
             loss.backward()
         totals += torch.stack(
             [
                 loss.detach().double(),
-                _correct(outputs, targets, 1),
-                torch.tensor(float(len(targets)), dtype=torch.float64, device=loss.device),
+                _correct(outputs, theirs, 1),
+                torch.tensor(float(len(theirs)), dtype=torch.float64, device=loss.device),
             ]
         )
-    if state.average is not None:
-        state.average.update_parameters(state.model)
     return totals
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_gsl.penalty import row_norms
 from dist_gsl.removal import Removal
+from dist_gsl.training.watch import DivergedError, is_finite
 
 if TYPE_CHECKING:
     from dist_gsl.neurons import NeuronLayer, Neurons
@@ -81,14 +82,15 @@ def agree(state: RunState) -> None:
 
     Gradients are reduced to the same bits everywhere, but what follows is each process's own arithmetic, and processors differ. Where a
     neuron died in one process alone and is within rounding of it in the others, all take the first process's state; a larger difference is
-    a `RuntimeError` in all of them that names the layer.
+    a `RuntimeError` in all of them that names the layer. `DivergedError` where a parameter is not finite.
     """
     neurons = state.neurons
     layers = list(neurons)
     mine = torch.cat([_norms(neurons, layer) for layer in layers])
     first = mine.clone()
     dist.broadcast(first, 0)
-    found = torch.zeros(2, dtype=torch.int64, device=mine.device)  # the number of a layer beyond rounding, whether masks differ
+    found = torch.zeros(3, dtype=torch.int64, device=mine.device)  # number of a layer beyond rounding, do masks differ, is a parameter not finite
+    found[2] = int(not is_finite(state.model))
     sizes = [layer.num_neurons for layer in layers]
     for number, (a, b) in enumerate(zip(mine.split(sizes), first.split(sizes), strict=True)):
         if len(a):
@@ -97,7 +99,9 @@ def agree(state: RunState) -> None:
             if differ and not float((a - b).abs().max()) <= TOLERANCE * float(b.max()):
                 found[0] = max(int(found[0]), len(layers) - number)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    beyond, differs = found.tolist()
+    beyond, differs, not_finite = found.tolist()
+    if not_finite:
+        raise DivergedError.at(state.position, "a parameter is not finite")
     if beyond:
         raise RuntimeError(
             f"layer {layers[len(layers) - beyond].name!r}: processes differ in which neurons are dead, by more than rounding; "

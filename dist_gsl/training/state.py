@@ -36,6 +36,15 @@ class Position:
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """A part of a step's samples that is run through the network at once."""
+
+    number: int
+    """Counted over all processes, in the order of the samples."""
+    size: int
+
+
+@dataclass(frozen=True)
 class Setup:
     """What a network is trained with, whatever its widths."""
 
@@ -95,6 +104,18 @@ class RunState:
     """One record an epoch."""
     data_memory: int | None = None
     """Bytes of a node's memory for the training file, by which its order is chosen; None: it fits."""
+    totals: list[list[float]] | None = None
+    """Loss, correct answers and samples of each process in the epoch so far, as they were last kept."""
+    seconds: float = 0.0
+    """What the epoch has taken so far."""
+    first_loss: float | None = None
+    """Mean loss of the run's first steps."""
+    micro_batches: list[MicroBatch] | None = None
+    """Those of this process in each step; None: one."""
+    num_micro_batches: int | None = None
+    """Of a step over all processes; stays when their number changes."""
+    rate_factor: float = 1.0
+    """Of the learning rate; halved by each return to a checkpoint after the training diverged."""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -132,7 +153,7 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts alone, so that `torch.load` reads it with `weights_only`.
 
-        The random state needs no place of its own: every epoch seeds its generators from (seed, epoch, rank).
+        The random state needs no place of its own: generators are seeded from (seed, epoch, step, number of the micro-batch).
         """
         return {
             "format": checkpoint.FORMAT,
@@ -145,6 +166,11 @@ class RunState:
             "position": {"epoch": self.position.epoch, "step": self.position.step},
             "history": list(self.history),
             "data_memory": self.data_memory,
+            "totals": self.totals,
+            "num_micro_batches": self.num_micro_batches,
+            "seconds": self.seconds,
+            "first_loss": self.first_loss,
+            "rate_factor": self.rate_factor,
         }
 
 
@@ -232,9 +258,10 @@ def build(
         optimizer.load_state_dict(state["optimizer"])
         position = Position(**state["position"])
         history = list(state["history"])
+    kept = {} if state is None else {key: state[key] for key in ("totals", "seconds", "first_loss", "rate_factor")}
     return RunState(
         network=dict(network), setup=setup, model=model, ddp=ddp, neurons=neurons, penalty=regulariser, betas=betas,
-        optimizer=optimizer, average=average, position=position, history=history,
+        optimizer=optimizer, average=average, position=position, history=history, **kept,
     )  # fmt: skip
 
 

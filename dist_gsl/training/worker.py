@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -16,16 +17,20 @@ import torch.distributed as dist
 import dist_gsl
 from dist_gsl import data, storage
 from dist_gsl.config import RunConfig
-from dist_gsl.training import checkpoint, session
-from dist_gsl.training.loop import DivergedError, Progress
+from dist_gsl.storage import StorageAwayError
+from dist_gsl.training import session
+from dist_gsl.training.checkpoint import Checkpoints
+from dist_gsl.training.loop import Progress
 from dist_gsl.training.state import RunState
+from dist_gsl.training.watch import DivergedError, Request, StoppedError
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """Trains, reports every epoch with a checkpoint, and goes on from Ray Train's last checkpoint if there is one.
+    """Trains from the run's last checkpoint, if it has one, and tells the driver of it.
 
-    job: "config" (RunConfig as dict, its data.dir absolute), "folder" (the run's, a path or a URI), and "events", a queue to the driver that gets
-    ("progress", Progress), ("epoch", record, norms, masks), ("warning", text) and ("failed", text) from rank 0.
+    job: "config" (RunConfig as dict, its data.dir absolute), "folder" (the run's, a path or a URI), "checkpoints" (theirs), "stop", a
+    queue that is empty until the driver asks the run to end, and "events", a queue to the driver that gets ("progress", Progress), ("epoch", record, norms, masks), ("note", text),
+    ("warning", text) and ("failed", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
     context = ray.train.get_context()
@@ -40,42 +45,47 @@ def train_worker(job: dict[str, Any]) -> None:
         if is_first:
             events.put_nowait(("failed", problem))
         return
-    previous = ray.train.get_checkpoint()
-    state = None
-    if previous is not None:
-        with previous.as_directory() as directory:
-            state = checkpoint.load(directory)
 
     def on_progress(progress: Progress) -> None:
         events.put_nowait(("progress", progress))
 
     def on_epoch(run_state: RunState, record: dict[str, Any]) -> None:
-        # A barrier over all workers: once an epoch, never in a step.
-        score = record["val_top1"] if "val_top1" in record else -record["val_rmse"]
-        metrics = {"epoch": record["epoch"], "score": score}
-        if not is_first:
-            ray.train.report(metrics)
-            return
-        norms = {name: values.numpy() for name, values in session.neuron_norms(run_state.neurons).items()}
-        masks = {layer.name: layer.in_starting_network(layer.mask).numpy() for layer in run_state.neurons}
-        # Before the checkpoint: an epoch told twice does no harm, one never told is lost.
-        events.put_nowait(("epoch", record, norms, masks))
-        with tempfile.TemporaryDirectory() as directory:
-            checkpoint.save(run_state.state_dict(), directory)
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(directory),
-                checkpoint_dir_name=f"epoch-{record['epoch']:04d}",
-            )
+        # Told before it is kept: an epoch told twice does no harm, one never told is lost.
+        if is_first:
+            norms = {name: values.numpy() for name, values in session.neuron_norms(run_state.neurons).items()}
+            masks = {layer.name: layer.in_starting_network(layer.mask).numpy() for layer in run_state.neurons}
+            events.put_nowait(("epoch", record, norms, masks))
 
+    def request() -> Request:
+        if is_first and not job["stop"].empty():
+            return Request.STOP
+        return Request.SAVE if preemption.is_new() else Request.NONE
+
+    preemption = _Preemption()
     try:
         session.run(
-            config, data_dir=data.prepare(config.data), device=device, state=state,
-            on_epoch=on_epoch, on_progress=on_progress,
+            config, data_dir=data.prepare(config.data), device=device, checkpoints=Checkpoints(job["checkpoints"]),
+            on_epoch=on_epoch, on_progress=on_progress, on_note=lambda text: events.put_nowait(("note", text)), request=request,
         )  # fmt: skip
-    except DivergedError as error:  # all workers alike; Ray would only try it again
+    except StoppedError:  # as the driver asked
+        return
+    except (DivergedError, ValueError, StorageAwayError) as error:  # trying again would end the same way
         if is_first:
             events.put_nowait(("failed", str(error)))
+
+
+class _Preemption:
+    """Whether Ray says that a machine of this run will be taken away, told once. Ray starts the run anew when it is gone."""
+
+    def __init__(self) -> None:
+        self._was_told = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0"  # nobody watches
+
+    def is_new(self) -> bool:
+        """All processes call it equally often."""
+        if self._was_told or ray.train.get_preemption_info() is None:
+            return False
+        self._was_told = True
+        return True
 
 
 def _unseen(folder: str, data_config: data.DataConfig, *, rank: int) -> str | None:

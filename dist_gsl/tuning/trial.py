@@ -54,9 +54,10 @@ def run_trial(job: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(config.workers.cpus * config.workers.num)))
     resources = launch.Resources(config.workers.num, job["gpu"])
     try:
-        if folder.last_checkpoint() is not None:  # an epoch may be in the checkpoint that nobody was told of
-            _tell("history", folder.state()["history"])
-        if not folder.is_finished:
+        state = folder.last_state()
+        if state is not None:  # an epoch may be in the checkpoint that nobody was told of
+            _tell("history", state["history"])
+        if state is None or state["position"]["epoch"] < config.train.epochs:
             launch.train(config, folder, resources, listener=_ToTune(folder))
         made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=job["command"])
         report.write(made, folder.path)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_gsl.data.order import epoch_order, num_steps, rank_batches, share, windowed_order
+from dist_gsl.data.order import epoch_order, num_steps, parts_of, rank_batches, rank_share, share, windowed_order
 
 SAMPLES = st.integers(1, 200)
 BATCH = st.integers(1, 40)
@@ -18,6 +18,18 @@ def test_shares_cut_a_batch_into_contiguous_parts_of_about_equal_size(num_sample
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+@given(num_samples=st.integers(0, 300), world_size=WORLD, more=st.integers(0, 20))
+def test_the_parts_of_a_step_are_the_same_for_every_world_size(num_samples: int, world_size: int, more: int) -> None:
+    parts = world_size + more
+    mine = [parts_of(rank=r, world_size=world_size, parts=parts) for r in range(world_size)]
+    assert [number for numbers in mine for number in numbers] == list(range(parts))
+    assert all(len(numbers) >= 1 for numbers in mine)
+    assert max(map(len, mine)) - min(map(len, mine)) <= 1
+    for r, numbers in enumerate(mine):
+        samples = np.concatenate([np.arange(num_samples)[share(num_samples, rank=n, world_size=parts)] for n in numbers])
+        np.testing.assert_array_equal(np.arange(num_samples)[rank_share(num_samples, rank=r, world_size=world_size, parts=parts)], samples)
 
 
 @given(num_samples=SAMPLES, batch_size=BATCH, world_size=WORLD, epoch=st.integers(0, 3))

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ import torch
 
 from dist_gsl.cli import main
 from dist_gsl.runs import RunFolder
+from dist_gsl.training.checkpoint import position_of
 from tests.distributed.namespaces import BIN, HEAD, JOBS, MLFLOW, WORKER, Host, Network, network, until, why_not
 
 NOT_HERE = why_not()
@@ -59,10 +60,10 @@ def gsl(net: Network, *arguments: str, timeout: float = 400) -> subprocess.Compl
 
 
 @contextlib.contextmanager
-def submitted(net: Network, name: str, epochs: int, *options: str) -> Iterator[subprocess.Popen]:
+def submitted(net: Network, name: str, epochs: int, *options: str, fields: Sequence[str] = ()) -> Iterator[subprocess.Popen]:
     """`dist-gsl submit` at work; it is ended if it did not end."""
     process = net.start(
-        net.hub, [BIN / "dist-gsl", "submit", "--address", JOBS, *options, "--", *train(name, epochs)], log=f"{name}.log",
+        net.hub, [BIN / "dist-gsl", "submit", "--address", JOBS, *options, "--", *train(name, epochs), *fields], log=f"{name}.log",
         environment={"MLFLOW_TRACKING_URI": MLFLOW},
     )  # fmt: skip
     try:
@@ -79,8 +80,8 @@ def log(net: Network, name: str) -> str:
 
 def trained_epochs(net: Network, name: str) -> int:
     """Epochs in checkpoints."""
-    last = RunFolder(net.runs / name).last_checkpoint()
-    return 0 if last is None else int(last.parent.name.removeprefix("epoch-"))
+    kept = [position_of(each) for each in RunFolder(net.runs / name).checkpoints.names()]
+    return max((position[0] for position in kept if position is not None), default=0)
 
 
 def has_trained(net: Network, name: str, epochs: int) -> bool:
@@ -210,6 +211,30 @@ def test_the_disturbed_run_is_whole(net: Network, disturbed: subprocess.Popen) -
     check_whole(net, "disturbed", DISTURBED_EPOCHS)
 
 
+def test_a_run_uses_what_is_there(net: Network) -> None:
+    """A node goes and comes back: the run goes on with one worker, then with two again."""
+    options = ["--workers", "1:2", "--gpus-per-worker", "0"]
+    with submitted(net, "elastic", DISTURBED_EPOCHS, *options, fields=["--workers.resize-interval", "5"]) as process:
+
+        def says(text: str) -> None:
+            until(lambda: text in log(net, "elastic") or process.poll() is not None, seconds=240, name=text)
+            assert process.poll() is None, log(net, "elastic")
+
+        says("begins with 2 workers at epoch 1; a step is 1 micro-batch of 32 on the first")
+        until(lambda: has_trained(net, "elastic", 2), seconds=120, name="two epochs")
+        net.worker.kill_all()
+        says("goes on with one worker at epoch")
+        done = trained_epochs(net, "elastic")
+        until(lambda: has_trained(net, "elastic", done + 2), seconds=120, name="two epochs more")
+        net.start_node(net.worker)
+        says("goes on with 2 workers at epoch")
+        assert process.wait(timeout=400) == 0, log(net, "elastic")
+    check_whole(net, "elastic", DISTURBED_EPOCHS)
+    workers = [row["workers"] for row in RunFolder(net.runs / "elastic").state()["history"]]
+    assert [workers[0], workers[-1]] == [2, 2]
+    assert 1 in workers
+
+
 def test_a_stopped_job_leaves_its_checkpoints_and_says_so_to_the_store(net: Network) -> None:
     """Ctrl-C on the submitter: the job's driver is asked to end, and ends in order."""
     with submitted(net, "stopped", DISTURBED_EPOCHS) as process:
@@ -223,7 +248,7 @@ def test_a_stopped_job_leaves_its_checkpoints_and_says_so_to_the_store(net: Netw
     output = log(net, "stopped")
     assert "submit it with --no-wait" in output
     assert "stopped after" in output
-    assert RunFolder(net.runs / "stopped").last_checkpoint() is not None
+    assert RunFolder(net.runs / "stopped").checkpoints.names()
     code = (
         "from mlflow.tracking import MlflowClient; client = MlflowClient()\n"
         "experiment = client.get_experiment_by_name('dist_gsl').experiment_id\n"

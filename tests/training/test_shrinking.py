@@ -104,7 +104,7 @@ def test_resumed_after_removals_equals_uninterrupted(tmp_path: Path) -> None:
 
     def stop(state: RunState, record: dict[str, Any]) -> None:
         if record["epoch"] == 3:
-            checkpoint.save(state.state_dict(), tmp_path)
+            checkpoint.save(state.state_dict(), tmp_path / "kept")
             saved.append(record["parameters"])
             raise InterruptedError
 
@@ -113,8 +113,8 @@ def test_resumed_after_removals_equals_uninterrupted(tmp_path: Path) -> None:
         NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(data), device=torch.device("cpu")
     )  # fmt: skip
     with pytest.raises(InterruptedError):
-        loop.train(part, config=config, penalty=PENALTY, training_data=data, validation_data=data, on_epoch=stop)
-    resumed, rest = trained(config, state=checkpoint.load(tmp_path))
+        loop.train(part, config=config, penalty=PENALTY, training_data=data, validation_data=TensorBatches(), on_epoch=stop)
+    resumed, rest = trained(config, state=checkpoint.load(tmp_path / "kept"))
     assert saved[0] < 0.9 * records[0]["parameters"]
     assert equal(whole, resumed)
     assert rest[-1]["val_loss"] == records[-1]["val_loss"]
@@ -130,7 +130,7 @@ def test_old_networks_and_buckets_are_let_go() -> None:
 def test_init_from_a_smaller_network_has_zeros(tmp_path: Path) -> None:
     small, _ = trained(replace(TRAIN, shrink="epoch"))
     whole, _ = trained(replace(TRAIN, shrink="never"))
-    file = checkpoint.save(small.state_dict(), tmp_path)
+    file = checkpoint.save(small.state_dict(), tmp_path / "kept")
     started = build(
         NETWORK, image_shape=(1, 32, 32), train=replace(TRAIN, init=str(file)), penalty=PENALTY, steps_per_epoch=6,
         device=torch.device("cpu"),

@@ -67,8 +67,8 @@ def trained(
     )  # fmt: skip
     records: list[dict] = []
     loop.train(
-        run_state, config=config, penalty=penalty, training_data=data, validation_data=data,
-        on_epoch=lambda _, record: records.append(record),
+        run_state, config=config, penalty=penalty, training_data=data,
+        validation_data=TensorBatches(regression=config.loss == "square"), on_epoch=lambda _, record: records.append(record),
     )  # fmt: skip
     return run_state, records
 
