@@ -59,9 +59,7 @@ def train(params: dict[str, Any], data_dir: Path) -> tuple[float, float]:
     from dist_gsl.tuning.space import applied
 
     config = applied(base_config(data_dir), params)
-    state = session.run(
-        config, data_dir=data_dir, device=torch.device("cpu"), on_epoch=lambda state, record: None
-    )
+    state = session.run(config, data_dir=data_dir, device=torch.device("cpu"), place=session.Place())
     record = state.history[-1]
     return record["val_top1"], 100.0 - record["all_neurons"]
 

@@ -55,7 +55,10 @@ def demo(folder: Path, *, epochs: int | None) -> None:
         schedule = config.penalty.beta_schedule
         config = replace(
             config,
-            train=replace(config.train, epochs=epochs, drop_epochs=tuple(e * stretch for e in config.train.drop_epochs)),
+            train=replace(
+                config.train, epochs=epochs, warmup_epochs=config.train.warmup_epochs * stretch,
+                drop_epochs=tuple(e * stretch for e in config.train.drop_epochs),
+            ),
             penalty=replace(
                 config.penalty, beta=PerLayer(rest=config.penalty.beta.rest * stretch),
                 beta_schedule=replace(schedule, start=schedule.start * stretch, end=None if schedule.end is None else schedule.end * stretch),
@@ -210,7 +213,7 @@ def summary(title: str, *, seconds: tuple[float, float], multiply_adds: tuple[fl
     print(f"| seconds | {seconds[0]:.1f} | {seconds[1]:.1f} | {saved(*seconds)} |")
     print(f"| multiply-adds of a forward pass, mean over the course | {multiply_adds[0]:.4g} | {multiply_adds[1]:.4g} | {saved(*multiply_adds)} |")
     print(f"| bytes all-reduced a process | {reduced[0]:.4g} | {reduced[1]:.4g} | {saved(*reduced)} |")
-    print(f"time saved over multiply-adds saved: {time_saved / work_saved:.2f}")
+    print(f"time saved over multiply-adds saved: {time_saved / work_saved:.2f}" if work_saved else "nothing was removed")
 
 
 def main() -> None:

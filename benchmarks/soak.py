@@ -154,8 +154,17 @@ class Faults:
             time.sleep(0.1)
         return self.rng.choice(workers)
 
+    def on_a_worker(self, happens: Callable[[int], object]) -> None:
+        """On another where it is gone meanwhile."""
+        for _ in range(5):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                happens(self.a_worker())
+                return
+            time.sleep(1)
+        raise SystemExit(f"soak: workers end by themselves; see {self.run.log}")
+
     def worker(self) -> None:
-        os.kill(self.a_worker(), signal.SIGKILL)
+        self.on_a_worker(lambda pid: os.kill(pid, signal.SIGKILL))
 
     def driver(self) -> None:
         self.run.process.kill()
@@ -167,9 +176,11 @@ class Faults:
             raise SystemExit(f"soak: SIGTERM ended the command with {self.run.process.returncode}; see {self.run.log}")
 
     def memory(self) -> None:
-        pid = self.a_worker()
-        used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
+        def limit(pid: int) -> None:
+            used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
+
+        self.on_a_worker(limit)
 
     def loss(self) -> None:
         (self.run.folder / POISON).touch()
@@ -251,9 +262,10 @@ def draw(number: int, kinds: list[str], rng: random.Random) -> list[str]:
     """So many faults, every kind at least once where there is room."""
     faults = kinds[:number]
     while len(faults) < number:
-        kind = rng.choice(kinds)
-        if Counter(faults)[kind] < AT_MOST.get(kind, number):
-            faults.append(kind)
+        left = [kind for kind in kinds if Counter(faults)[kind] < AT_MOST.get(kind, number)]
+        if not left:
+            raise SystemExit(f"soak: {number} faults are more than --kinds {' '.join(kinds)} allows; name another kind")
+        faults.append(rng.choice(left))
     rng.shuffle(faults)
     return faults
 

@@ -90,8 +90,10 @@ class Display(Listener):
 class SearchDisplay:
     """Shows a search: a bar over all epochs of all trials on a terminal, a line for whatever happens everywhere."""
 
-    def __init__(self, console: Console, *, title: str, num_trials: int, num_epochs: int) -> None:
+    def __init__(self, console: Console, *, title: str, num_trials: int, num_epochs: float, what: str = "") -> None:
+        """num_epochs: of a trial, their mean where they differ; what: they are, where that is not so many trials of so many epochs."""
         self.console, self.title, self.num_trials, self.num_epochs = console, title, num_trials, num_epochs
+        self.what = what or f"{num_trials} trials of {num_epochs:g} epochs"
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._num_done = 0
@@ -101,7 +103,7 @@ class SearchDisplay:
     def begin(self, *, num_done: int, num_interrupted: int) -> None:
         self._num_done = num_done
         before = f", {num_done} done before, {num_interrupted} to go on with" if num_done or num_interrupted else ""
-        self._say(f"{self.num_trials} trials of {self.num_epochs} epochs{before}")
+        self._say(f"{self.what}{before}")
         if self.console.is_terminal:
             self._bars = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
@@ -121,10 +123,10 @@ class SearchDisplay:
         again = f", goes on after epoch {trial.curve[-1].epoch}" if trial.curve else ""
         self._say(f"trial {trial.number}: {'without penalty' if trial.is_baseline else chosen}{again}")
 
-    def epoch(self, trial: TrialRecord, record: dict[str, Any]) -> None:
-        self._epochs[trial.number] = record["epoch"]
+    def epoch(self, trial: TrialRecord, record: dict[str, Any], *, num_epochs: int) -> None:
+        self._epochs[trial.number] = len(trial.curve)
         self._say(
-            f"trial {trial.number}: epoch {record['epoch']:>2}/{self.num_epochs}  {_quality(record)}"
+            f"trial {trial.number}: epoch {record['epoch']:>2}/{num_epochs}  {_quality(record)}"
             f"  neurons removed {record['all_neurons']:.1f} %"
         )
         self._move()

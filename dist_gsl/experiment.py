@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -199,6 +200,8 @@ def _train_and_report(
                 if recorder.log_file.exists():
                     recorder.log = NeuronLog.read(recorder.log_file)
                 launch.train(config, folder, resources, listener=recorder)
+            if not folder.is_finished:
+                raise RuntimeError(f"run {folder.name!r}: the workers ended before its last epoch; `--resume` goes on from the last checkpoint")
         made = report_run(folder, baseline=baseline, recipe=recipe, command=command, console=console, tracker=tracker)
         status = tracking.Status.FINISHED
         return made
@@ -206,13 +209,22 @@ def _train_and_report(
         status = tracking.Status.KILLED
         raise
     except BaseException:
-        if is_new and not folder.checkpoints.names():  # nothing was learned: leave the name free
+        if is_new and _is_empty(folder):  # leave the name free
             shutil.rmtree(folder.path, ignore_errors=True)
             if folder.remote is not None:
-                storage.remove(folder.remote)
+                with contextlib.suppress(OSError):  # what ended the run is what is raised
+                    storage.remove(folder.remote)
         raise
     finally:
         tracker.end(status)
+
+
+def _is_empty(folder: RunFolder) -> bool:
+    """Was nothing learned?"""
+    try:
+        return not folder.checkpoints.names() and not (folder.path / NEURON_LOG).exists()
+    except OSError:  # nobody knows
+        return False
 
 
 def report_run(

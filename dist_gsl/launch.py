@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_gsl.neurons import Neurons
 from dist_gsl.runs import CHECKPOINTS, RunFolder
 from dist_gsl.training import session
 from dist_gsl.training.config import WorkersConfig
+from dist_gsl.training.path import PathConfig
 
 
 class Listener:
@@ -31,6 +32,9 @@ class Listener:
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         """After each epoch: the record, each layer's neuron norms and which are alive (numpy, (neurons,))."""
+
+    def told(self, kind: str, number: int) -> None:
+        """Of a path: the strength `number` is "begun", or its network is "trained"."""
 
     def note(self, text: str) -> None:
         """What the first worker tells of how it goes on."""
@@ -203,6 +207,44 @@ def train(
 
     `RuntimeError` with the worker's own message where training failed.
     """
+    from dist_gsl.training.worker import train_worker
+
+    job = {"folder": folder.remote or str(folder.path), "file": folder.config_file.name, "checkpoints": folder.checkpoints.folder}
+    _launch(train_worker, job, config, resources, listener)
+
+
+def follow(
+    config: RunConfig,
+    path: PathConfig,
+    values: Sequence[float],
+    *,
+    folder: Path,
+    file: str,
+    branches: Sequence[RunFolder],
+    resources: Resources,
+    listener: Listener,
+) -> None:
+    """Follows a path of rising strengths (see `training.path`), from where the checkpoints in `folder` say that it stands.
+
+    file: one that is in the folder. branches: the runs' folders of the networks, the dense one first.
+
+    `RuntimeError` as `train`.
+    """
+    from dist_gsl.training.worker import path_worker
+
+    job = {
+        "folder": str(folder), "file": file, "checkpoints": str(folder / TRUNK), "path": asdict(path), "values": list(values),
+        "branches": [branch.checkpoints.folder for branch in branches],
+    }  # fmt: skip
+    _launch(path_worker, job, config, resources, listener)
+
+
+TRUNK = "path"
+"""A path's folder of checkpoints, in that of its search."""
+
+
+def _launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], config: RunConfig, resources: Resources, listener: Listener) -> None:
+    """Ray Train around a worker function, and its events to the listener."""
     import ray.exceptions
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -210,22 +252,22 @@ def train(
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from dist_gsl.training.worker import train_worker
-
-    # Ray's own minute is too short for machines that are being started; what the user has set stays.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout))
+    # Ray's own minute is too short for machines that are being started. One that uses what is there looks again soon: the places that it
+    # goes for may be those of a machine which is gone.
+    is_elastic = config.workers.min is not None
+    wait_s = min(config.workers.start_timeout, max(10.0, config.workers.resize_interval)) if is_elastic else config.workers.start_timeout
     ray_train: Any = ray.train  # type checkers read the interface of its first version
 
     # On this process's node: what takes the queue away takes this process too.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events, stop = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
-    file_system, place = (None, str(folder.path)) if folder.remote is None else storage.opened(folder.remote)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    events = Queue(actor_options=options)
+    control: Any = ray.remote(Control).options(**options).remote()
+    folder = job["folder"]
+    file_system, place = storage.opened(folder) if storage.is_uri(folder) else (None, folder)
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": config.to_dict(), "folder": folder.remote or str(folder.path), "checkpoints": folder.checkpoints.folder, "events": events,
-            "stop": stop,
-        },
+        worker,
+        train_loop_config={**job, "config": config.to_dict(), "events": events, "control": control},
         # Who has the data waits for who still copies them.
         torch_config=TorchConfig(timeout_s=STAGING_TIMEOUT_S if storage.is_uri(config.data.dir or "") else 1800),
         scaling_config=ray_train.ScalingConfig(
@@ -236,20 +278,55 @@ def train(
         run_config=ray_train.RunConfig(
             # Our checkpoints are not Ray's, which sees here that all nodes see the folder.
             name=CHECKPOINTS, storage_path=place, storage_filesystem=file_system,
-            failure_config=ray_train.FailureConfig(max_failures=config.workers.max_failures, controller_failure_limit=0),
+            failure_config=ray_train.FailureConfig(
+                max_failures=config.workers.max_failures,
+                controller_failure_limit=math.ceil(config.workers.start_timeout / wait_s) if is_elastic else 0,
+            ),
         ),
     )  # fmt: skip
     try:
-        failure = _fit(trainer, events, listener, lambda: stop.put(True))
+        with _environment(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=str(wait_s)):
+            failure = _fit(trainer, events, listener, lambda: ray.get(control.stop.remote()))
     except TrainingFailedError as error:
         raise RuntimeError(_reason(error)) from error
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"Ray failed: {str(error).strip().splitlines()[0]}") from error
     finally:
-        for queue in (events, stop):
-            queue.shutdown(force=True)
+        events.shutdown(force=True)
+        ray.kill(control)
     if failure is not None:
         raise RuntimeError(failure)
+
+
+class Control:
+    """What the driver of a training holds for its workers; a Ray actor."""
+
+    def __init__(self) -> None:
+        self._num_begun, self._is_stopped = 0, False
+
+    def begin(self) -> int:
+        """Called by each group of workers when it begins; which one it is, counted from 1."""
+        self._num_begun += 1
+        return self._num_begun
+
+    def stop(self) -> None:
+        """Asks the training to keep its state and end."""
+        self._is_stopped = True
+
+    def is_stopped(self) -> bool:
+        return self._is_stopped
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets those that are not set; what the user has set stays."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 STOP_GRACE_S = 25.0
@@ -283,6 +360,7 @@ def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], objec
                 stop()
                 listener.warning("the workers keep their state and end; Ctrl-C once more ends at once")
             if time.monotonic() > deadline:
+                listener.warning(f"the workers did not end within {STOP_GRACE_S:g} s; the checkpoint before is the last")
                 break
             try:
                 kind, *content = events.get(timeout=0.5)
@@ -295,8 +373,12 @@ def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], objec
                 listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
             elif kind == "warning":
                 listener.warning(*content)
+            elif kind == "told":
+                listener.told(*content)
             elif kind == "note":
                 listener.note(*content)
+            elif kind == "begun":
+                failure = None  # of workers that were replaced
             elif kind == "failed":
                 (failure,) = content
             else:

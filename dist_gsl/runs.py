@@ -135,6 +135,8 @@ class Trained:
     @classmethod
     def load(cls, folder: RunFolder) -> Trained:
         config, state = folder.config, folder.state()
+        if not state["history"]:
+            raise ValueError(f"run {folder.name!r} has trained no whole epoch yet: go on with it, `dist-gsl train {folder.config_file} --resume`")
         data_dir = data.prepare(config.data).absolute()
         info = data.dataset_info(data_dir)
         shapes = session.shapes_of(config, info)

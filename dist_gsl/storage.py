@@ -35,7 +35,8 @@ def is_uri(text: str) -> bool:
 
 
 def opened(uri: str) -> tuple[FileSystem, str]:
-    """(file system, path in it). `StorageError` for an address that no file system takes, or one that holds keys."""
+    """(file system, path in it). `StorageError` for an address that no file system takes, or one that holds keys; `StorageAwayError` where
+    the system itself does not answer."""
     from pyarrow.fs import FileSystem
 
     check_address(uri)
@@ -44,7 +45,9 @@ def opened(uri: str) -> tuple[FileSystem, str]:
         if not path.strip("/"):
             raise ValueError("it names no folder")
         return system, path
-    except (ValueError, OSError, TypeError) as error:  # pyarrow's own are of these kinds
+    except OSError as error:
+        raise StorageAwayError(f"{uri} cannot be opened: {_first_line(error)}") from error
+    except (ValueError, TypeError) as error:  # pyarrow's own are of these kinds
         raise StorageError(f"{uri} cannot be opened: {_first_line(error)}") from error
 
 
@@ -120,12 +123,15 @@ def upload(source: Path, uri: str) -> None:
 
 
 def remove(uri: str) -> None:
-    """Deletes a folder and what is in it, if it is there."""
+    """Deletes a folder and what is in it, if it is there. `StorageAwayError` where that fails."""
     from pyarrow.fs import FileType
 
     system, path = opened(uri)
-    if system.get_file_info(path).type is FileType.Directory:
-        system.delete_dir(path)
+    try:
+        if system.get_file_info(path).type is FileType.Directory:
+            system.delete_dir(path)
+    except OSError as error:
+        raise StorageAwayError(f"{uri} cannot be deleted: {_first_line(error)}") from error
 
 
 def subfolders(uri: str) -> list[str]:

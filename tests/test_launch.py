@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from ray.util.queue import Empty
 
 from dist_gsl import launch
 
@@ -40,6 +41,32 @@ def send(*numbers: int) -> list[str]:
     except AskedToEndError:
         happened.append("handled")
     return happened
+
+
+class Happening:
+    """The events of a training and the training itself: those that come one after another. A test double of Ray's queue and trainer."""
+
+    def __init__(self, *events: tuple) -> None:
+        self.events = list(events)
+        self.is_told = threading.Event()
+
+    def get(self, timeout: float) -> tuple:
+        if not self.events:
+            self.is_told.set()
+            raise Empty
+        return self.events.pop(0)
+
+    def fit(self) -> None:
+        assert self.is_told.wait(30)
+
+
+def test_what_failed_workers_said_is_forgotten_when_others_began() -> None:
+    def outcome(*events: tuple) -> str | None:
+        happening = Happening(*events)
+        return launch._fit(happening, happening, launch.Listener(), lambda: None)
+
+    assert outcome(("begun",), ("failed", "no room")) == "no room"
+    assert outcome(("begun",), ("failed", "no room"), ("begun",), ("note", "on")) is None
 
 
 @pytest.mark.parametrize("number", [int(signal.SIGINT), int(signal.SIGTERM)])

@@ -84,7 +84,7 @@ def test_two_epochs_on_random_pictures(name: str, miniature: Path, process_group
     def on_epoch(state: RunState, record: dict) -> None:
         records.append(record)
 
-    state = session.run(config, data_dir=miniature, device=torch.device("cpu"), on_epoch=on_epoch)
+    state = session.run(config, data_dir=miniature, device=torch.device("cpu"), place=session.Place(on_epoch=on_epoch))
     assert [record["epoch"] for record in records] == [1, 2]
     assert all(np.isfinite(record["val_loss"]) for record in records)
     assert state.position.epoch == 2

@@ -9,7 +9,7 @@ import pytest
 
 from dist_gsl import data, storage
 from dist_gsl.data.staging import staged_folder
-from dist_gsl.storage import StorageError
+from dist_gsl.storage import StorageAwayError, StorageError
 from dist_gsl.tracking import check_owner
 from tests.object_store import KEYS, s3
 
@@ -48,6 +48,12 @@ def test_addresses_are_joined_before_their_options() -> None:
 def test_what_no_file_system_takes_is_refused(uri: str) -> None:
     with pytest.raises(StorageError, match="cannot be opened"):
         storage.opened(uri)
+
+
+def test_a_file_system_that_does_not_come_up_is_away() -> None:
+    """As one without its library, or a name server without an answer: what waits for a storage waits for it too."""
+    with pytest.raises(StorageAwayError, match="cannot be opened"):
+        storage.opened("hdfs://nowhere:1/runs")
 
 
 def test_keys_in_an_address_are_refused_and_not_repeated() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dist_gsl import storage
 from dist_gsl.config import RunConfig
-from dist_gsl.storage import StorageError
+from dist_gsl.storage import StorageAwayError, StorageError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def folder_of(find: Callable[[str], Path]) -> Callable[[str], Path]:
     def parse(text: str) -> Path:
         try:
             return find(text)
-        except StorageError as error:
+        except (StorageError, StorageAwayError) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse

@@ -12,6 +12,7 @@ from rich.console import Console
 from dist_gsl.cli.common import Commands, add_run_options, check_paths, dry_run, where_to_look, with_overrides
 
 if TYPE_CHECKING:
+    from dist_gsl.training.path import PathConfig
     from dist_gsl.tuning.records import SearchFolder
 
 
@@ -37,6 +38,15 @@ def add(commands: Commands) -> None:
     )
     tune.add_argument(
         "--seed", type=int, default=0, help="of the search; that of each training is train.seed (%(default)s)"
+    )
+    tune.add_argument(
+        "--path", action="store_true",
+        help="the whole front from little more than one training: begin with the dense network, raise penalty.beta.rest along\n"
+        "the space's range, the baseline and K - 1 points in all (11), each warm-started from the last and trained briefly",
+    )  # fmt: skip
+    tune.add_argument("--step-epochs", type=int, metavar="N", help="of a path: with each strength of the penalty (2)")
+    tune.add_argument(
+        "--finish-epochs", type=int, metavar="N", help="of a path: without penalty, from there to its network (4)"
     )
     add_run_options(tune, kind="search", default="SPACE")
     tune.add_argument("--no-baseline", action="store_true", help="leave out the first trial, which has no penalty")
@@ -77,9 +87,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         given = "--resume" if options.resume else "--start-or-resume"
         raise ValueError(f"tune: {given} needs the --name of the search to go on with")
     check_paths(options.runs, base)
-    from dist_gsl.tuning import driver, results
+    from dist_gsl.tuning import driver, paths, results
     from dist_gsl.tuning import space as spaces
-    from dist_gsl.tuning.records import SearchFolder, SearchSettings
+    from dist_gsl.tuning.records import PATH, SearchFolder, SearchSettings
     from dist_gsl.tuning.stopping import StoppingConfig
 
     before = SearchFolder(options.runs.absolute() / options.name) if options.name else None
@@ -90,13 +100,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
     elif before is not None and resume and is_begun:
         num_trials = before.settings().num_trials
     else:
-        num_trials = SearchSettings.num_trials
+        num_trials = POINTS_OF_A_PATH if options.path else SearchSettings.num_trials
     settings = SearchSettings(
-        num_trials=num_trials, space_file=file.stem, space={}, base=base, searcher=options.searcher, objective=options.objective,
-        seed=options.seed, baseline=not options.no_baseline, stopping=None if options.no_stopping else StoppingConfig(),
+        num_trials=num_trials, space_file=file.stem, space={}, base=base, searcher=PATH if options.path else options.searcher,
+        objective=options.objective, seed=options.seed, baseline=not options.no_baseline,
+        stopping=None if options.no_stopping or options.path else StoppingConfig(), path=_path(options),
     )  # fmt: skip
     if options.dry_run:
         spaces.check(space, base)
+        if settings.path is not None:
+            paths.values(settings, space)
         return dry_run(options.space, base, console, command="tune")
     folder = driver.search(
         settings, space, name=options.name or f"{file.stem}-{datetime.now():%Y%m%d-%H%M%S}",
@@ -111,6 +124,22 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if front.failed:
         print(f"dist-gsl: error: {len(front.failed)} of {len(front.trials)} trials failed, see above", file=sys.stderr)
     return 0 if is_met and not front.failed else 1
+
+
+POINTS_OF_A_PATH = 11
+"""The dense network counted."""
+
+
+def _path(options: argparse.Namespace) -> PathConfig | None:
+    from dist_gsl.training.path import PathConfig
+
+    given = {"step_epochs": options.step_epochs, "finish_epochs": options.finish_epochs}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not options.path:
+        if given:
+            raise ValueError(f"tune: --{next(iter(given)).replace('_', '-')} is of a path; give --path too")
+        return None
+    return PathConfig(**given)
 
 
 def _show_choice(folder: SearchFolder, options: argparse.Namespace, console: Console) -> bool:

@@ -58,8 +58,9 @@ class TrainConfig:
     checkpoint_minutes: float | None = 10.0
     """Minutes after which a checkpoint is due within an epoch; None: none by time."""
     on_divergence: str = "stop"
-    """What follows a loss that is not finite, or ten times that of the first steps. "stop": the run ends. "back": it goes on from the last
-    checkpoint with half the learning rate, five times at most."""
+    """What follows a loss that is not finite, or stays above ten times that of a network that has learned nothing. "stop": the run ends.
+    "back": it goes on from the last checkpoint with half the learning rate, five times at most; from the one before where it came to nothing
+    from the last already."""
     init: str | None = None
     """Checkpoint file to take the parameters from, instead of a random start."""
     seed: int = 0

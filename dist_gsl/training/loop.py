@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dist_gsl.penalty import PenaltyConfig
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.shrinking import Rule, shrink
 from dist_gsl.training.state import MicroBatch, Position, RunState
-from dist_gsl.training.watch import DivergedError, Outside, Watch
+from dist_gsl.training.watch import Outside, Watch
 
 
 class Batch(Protocol):
@@ -81,6 +82,8 @@ def train(
             learning_rate = config.learning_rate_at(epoch * steps_per_epoch + step, steps_per_epoch=steps_per_epoch)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate * state.rate_factor
+            if state.uninformed_loss is None:
+                state.uninformed_loss = _uninformed_loss(state, config, batch.targets)
             totals += train_step(state, config, batch)
             state.position = Position(epoch, step + 1)
             shrink(state, rule, epoch * steps_per_epoch + step + 1)
@@ -96,8 +99,6 @@ def train(
         seconds = seconds_before + time.perf_counter() - began
         state.position, state.seconds = Position(epoch + 1, 0), 0.0
         dist.all_reduce(totals)
-        if not bool(torch.isfinite(totals[0])):
-            raise DivergedError.at(state.position, "the loss is not finite")
         for buffer in state.evaluated.buffers():  # running statistics are each worker's own until the next forward
             dist.broadcast(buffer, 0)
         validation = evaluate(state.evaluated, validation_data, config, device=device)
@@ -120,6 +121,15 @@ def train(
         state.history.append(record)
         on_epoch(state, record)
         watch.end_epoch(state)
+
+
+def _uninformed_loss(state: RunState, config: TrainConfig, targets: Tensor) -> float:
+    """The loss of one that answers all classes alike, or zeros."""
+    if config.loss == "cross-entropy":
+        return math.log(max(2, state.network["num_classes"]))
+    mine = torch.stack([targets.double().square().sum(), torch.tensor(float(len(targets)), dtype=torch.float64, device=targets.device)])
+    dist.all_reduce(mine)
+    return float(mine[0] / mine[1].clamp_min(1))
 
 
 def _seed(seed: int, epoch: int, step: int, number: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,13 +21,14 @@ from dist_gsl.config import RunConfig
 from dist_gsl.data import order
 from dist_gsl.data.loader import DEFAULT_SIZE
 from dist_gsl.neurons import Neurons
-from dist_gsl.penalty import row_norms, starting_betas
+from dist_gsl.penalty import PenaltyConfig, row_norms, starting_betas
 from dist_gsl.storage import StorageAwayError
 from dist_gsl.training import loop
-from dist_gsl.training.checkpoint import PATIENCE_S, Checkpoints, Writer, patiently
+from dist_gsl.training.checkpoint import PATIENCE_S, Checkpoints, NotWrittenError, Writer, patiently
+from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.loop import Progress
 from dist_gsl.training.state import MicroBatch, Position, RunState, build, build_network, initialise
-from dist_gsl.training.watch import DivergedError, Outside, Request
+from dist_gsl.training.watch import CommonError, DivergedError, Outside, Request
 
 
 @dataclass(frozen=True)
@@ -120,94 +120,121 @@ def memory_of_node() -> int:
     return min(found)
 
 
-def run(
-    config: RunConfig,
-    *,
-    data_dir: Path,
-    device: torch.device,
-    on_epoch: Callable[[RunState, dict[str, Any]], None],
-    checkpoints: Checkpoints | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_note: Callable[[str], None] = lambda text: None,
-    request: Callable[[], Request] = lambda: Request.NONE,
-) -> RunState:
-    """Trains this process's share of a run to its end, from its last good checkpoint if it has one, and keeps checkpoints on the way.
+@dataclass(frozen=True)
+class Place:
+    """Where a training is kept, and what hears of it. Each may be left as it is."""
 
-    checkpoints: None: nothing is kept.
-    on_note: hears how it goes on from a checkpoint, and with how many processes where that may change.
-    request: what the process hears from outside, asked about once a second.
+    checkpoints: Checkpoints | None = None
+    on_epoch: Callable[[RunState, dict[str, Any]], None] = lambda state, record: None
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    on_note: Callable[[str], None] = lambda text: None
+    """Hears how it goes on from a checkpoint, and with how many processes where that may change."""
+    request: Callable[[], Request] = lambda: Request.NONE
+    """What the process hears from outside, asked about once a second."""
 
-    In every process at the same step: `DivergedError`; `StoppedError`, the state being kept; `ValueError` and `StorageAwayError` where
-    checkpoints cannot be read. In the first process alone: `StorageAwayError` where the last checkpoint cannot be written.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    state = last_state(checkpoints)
-    shapes = shapes_of(config, data.dataset_info(data_dir))
-    memory = data_memory(config, data_dir / "train.beton", state)
-    parts = num_micro_batches(config, state)
-    training_data = make_loader(
-        config, "train", data_dir, device=device, train=True, rank=rank, world_size=world_size, parts=parts, memory=memory
-    )
-    validation_data = make_loader(
-        config,
-        "val",
-        data_dir,
-        device=device,
-        batch_size=max(config.train.batch_size, 256),
-        rank=rank,
-        world_size=world_size,
-    )
-    gc.collect()
-    gc.freeze()  # what is here stays: no removal of neurons needs to look through it, which took a third of a second
-    writer = Writer(checkpoints, _warn) if rank == 0 and checkpoints is not None else None
 
-    def save(kept: dict[str, Any], at_once: bool) -> None:
-        if writer is None:
-            return
-        writer.put(kept)
-        if at_once:
-            try:
-                writer.flush(AT_ONCE_S)
-            except StorageAwayError as error:
-                _warn(str(error))
+class Session:
+    """What one process trains with, whatever the phase: its loaders and its share of every step."""
 
-    if rank == 0 and (state is not None or config.workers.min is not None):
-        on_note(_how_it_goes_on(state, world_size, micro_batches(config.train.batch_size, parts)))
-    factor = None
-    try:
-        while True:
-            run_state = build(
-                network_arguments(config, shapes), image_shape=shapes.image, train=config.train, penalty=config.penalty,
-                steps_per_epoch=len(training_data), device=device, state=state,
-            )  # fmt: skip
-            run_state.data_memory, run_state.num_micro_batches = memory, parts
-            run_state.micro_batches = micro_batches(config.train.batch_size, parts)
-            if factor is not None:
-                run_state.rate_factor = factor
-            try:
-                loop.train(
-                    run_state, config=config.train, penalty=config.penalty, training_data=training_data,
-                    validation_data=validation_data, on_epoch=on_epoch, on_progress=on_progress, outside=Outside(request, save),
-                )  # fmt: skip
-                break
-            except DivergedError as error:
-                factor = run_state.rate_factor / 2
-                if config.train.on_divergence == "stop" or factor < 0.5**MAX_RETURNS:
-                    raise
-                problem = str(error).partition(";")[0]
-            run_state.optimizer.detach()
-            del run_state
-            if writer is not None:
-                with contextlib.suppress(StorageAwayError):  # the one before will do
+    def __init__(self, config: RunConfig, *, data_dir: Path, device: torch.device, state: Mapping[str, Any] | None) -> None:
+        """state: what the run goes on from; it keeps the order of its samples and the cut of its steps."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self.config, self.device = config, device
+        self.shapes = shapes_of(config, data.dataset_info(data_dir))
+        self.memory = data_memory(config, data_dir / "train.beton", state)
+        self.parts = num_micro_batches(config, state)
+        self.training_data = make_loader(
+            config, "train", data_dir, device=device, train=True, rank=rank, world_size=world_size, parts=self.parts, memory=self.memory
+        )
+        self.validation_data = make_loader(
+            config, "val", data_dir, device=device, batch_size=max(config.train.batch_size, 256), rank=rank, world_size=world_size
+        )
+        self.micro_batches = micro_batches(config.train.batch_size, self.parts)
+        gc.collect()
+        gc.freeze()  # what is here stays: no removal of neurons needs to look through it, which took a third of a second
+
+    def train(self, train: TrainConfig, penalty: PenaltyConfig, place: Place, start: tuple[str, dict[str, Any]] | None) -> RunState:
+        """Trains to the last epoch of `train`, and keeps checkpoints on the way.
+
+        start: (name of the checkpoint, state) to go on from; None: the beginning. The state is emptied, or it would stay in memory.
+
+        In every process at the same step: `DivergedError`; `UnreadableError` where there are checkpoints and none can be read;
+        `StoppedError`, the state being kept. In the first process alone, the others being done: `NotWrittenError` where the last checkpoint
+        cannot be written.
+        """
+        is_first, checkpoints = dist.get_rank() == 0, place.checkpoints
+        writer = Writer(checkpoints, _warn) if is_first and checkpoints is not None else None
+
+        def save(kept: dict[str, Any], at_once: bool) -> None:
+            if writer is None:
+                return
+            writer.put(kept)
+            if at_once:
+                try:
                     writer.flush(AT_ONCE_S)
-            state = last_state(checkpoints)
-            if rank == 0:
-                at = Position() if state is None else Position(**state["position"])
-                _warn(f"{problem}; back to epoch {at.epoch}, step {at.step}, with {factor:g} of the learning rate")
-    finally:
+                except NotWrittenError as error:
+                    _warn(str(error))
+
+        returned_to, state = (None, None) if start is None else start
+        factor = None
+        try:
+            while True:
+                run_state = build(
+                    network_arguments(self.config, self.shapes), image_shape=self.shapes.image, train=train, penalty=penalty,
+                    steps_per_epoch=len(self.training_data), device=self.device, state=state,
+                )  # fmt: skip
+                if state is not None:
+                    state.clear()
+                run_state.data_memory, run_state.num_micro_batches = self.memory, self.parts
+                run_state.micro_batches = self.micro_batches
+                if factor is not None:
+                    run_state.rate_factor = factor
+                try:
+                    loop.train(
+                        run_state, config=train, penalty=penalty, training_data=self.training_data, validation_data=self.validation_data,
+                        on_epoch=place.on_epoch, on_progress=place.on_progress, outside=Outside(place.request, save),
+                    )  # fmt: skip
+                    break
+                except DivergedError as error:
+                    factor = run_state.rate_factor / 2
+                    if train.on_divergence == "stop" or factor < 0.5**MAX_RETURNS:
+                        raise
+                    problem = str(error).partition(";")[0]
+                run_state.optimizer.detach()
+                del run_state
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if writer is not None:
+                    writer.discard()  # the one before will do
+                last = last_state(checkpoints, not_again=returned_to)
+                returned_to, state = (None, None) if last is None else last
+                if is_first:
+                    at = Position() if state is None else Position(**state["position"])
+                    _warn(f"{problem}; back to epoch {at.epoch}, step {at.step}, with {factor:g} of the learning rate")
+        except BaseException:
+            if writer is not None:
+                try:
+                    writer.close(AT_ONCE_S)
+                except NotWrittenError as error:  # what happened first is what is raised
+                    _warn(str(error))
+            raise
         if writer is not None:
-            writer.close(PATIENCE_S if sys.exc_info()[0] is None else AT_ONCE_S)
-    return run_state
+            writer.close(PATIENCE_S)
+        return run_state
+
+
+def run(config: RunConfig, *, data_dir: Path, device: torch.device, place: Place) -> RunState:
+    """Trains this process's share of a run to its end, from its last good checkpoint if it has one. Errors as `Session.train`."""
+    last = last_state(place.checkpoints)
+    session = Session(config, data_dir=data_dir, device=device, state=None if last is None else last[1])
+    if dist.get_rank() == 0 and (last is not None or config.workers.min is not None):
+        place.on_note(_how_it_goes_on(None if last is None else last[1], dist.get_world_size(), session.micro_batches))
+    return session.train(config.train, config.penalty, place, last)
+
+
+class UnreadableError(CommonError):
+    """There are checkpoints, and none can be read."""
 
 
 MAX_RETURNS = 5
@@ -236,30 +263,40 @@ def micro_batches(batch_size: int, parts: int) -> list[MicroBatch]:
     return [MicroBatch(number, share.stop - share.start) for number, share in shares.items()]
 
 
-def last_state(checkpoints: Checkpoints | None) -> dict[str, Any] | None:
-    """A run's last good checkpoint, the same one in every process; None in all where there is none."""
+def last_state(checkpoints: Checkpoints | None, *, not_again: str | None = None) -> tuple[str, dict[str, Any]] | None:
+    """(name, state) of a run's last good checkpoint, the same one in every process; None in all where there is none.
+
+    not_again: the one gone on from last time. Where it is still the last, training from it came to nothing: the one before is taken, if
+    there is one.
+
+    `UnreadableError`.
+    """
     if checkpoints is None:
         return None
     found: list[str | None] = [None]
     state, problem = None, None
     try:
-        if dist.get_rank() == 0 and (last := patiently(lambda: checkpoints.last(_warn), _warn)) is not None:
-            found[0], state = last
+        if dist.get_rank() == 0:
+            last = checkpoints.last(_warn, patience_s=PATIENCE_S)
+            if last is not None and last[0] == not_again and checkpoints.pass_over(last[0]):
+                last = checkpoints.last(_warn, patience_s=PATIENCE_S)
+            if last is not None:
+                found[0], state = last
     except (ValueError, StorageAwayError) as error:
-        problem = error
+        problem = str(error)
     dist.broadcast_object_list(found, 0)
     name = found[0]
     try:
         if name is not None and state is None:
             state = patiently(lambda: checkpoints.read(name), _warn)
     except (ValueError, StorageAwayError) as error:
-        problem = error
-    problems: list[ValueError | StorageAwayError | None] = [None] * dist.get_world_size()
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for each in problems:
         if each is not None:
-            raise each
-    return state
+            raise UnreadableError(each)
+    return None if name is None or state is None else (name, state)
 
 
 def _how_it_goes_on(state: Mapping[str, Any] | None, world_size: int, mine: list[MicroBatch]) -> str:

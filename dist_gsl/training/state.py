@@ -110,6 +110,8 @@ class RunState:
     """What the epoch has taken so far."""
     first_loss: float | None = None
     """Mean loss of the run's first steps."""
+    uninformed_loss: float | None = None
+    """That of a network that has learned nothing: every class as likely as any other, or zeros."""
     micro_batches: list[MicroBatch] | None = None
     """Those of this process in each step; None: one."""
     num_micro_batches: int | None = None
@@ -170,6 +172,7 @@ class RunState:
             "num_micro_batches": self.num_micro_batches,
             "seconds": self.seconds,
             "first_loss": self.first_loss,
+            "uninformed_loss": self.uninformed_loss,
             "rate_factor": self.rate_factor,
         }
 
@@ -258,7 +261,7 @@ def build(
         optimizer.load_state_dict(state["optimizer"])
         position = Position(**state["position"])
         history = list(state["history"])
-    kept = {} if state is None else {key: state[key] for key in ("totals", "seconds", "first_loss", "rate_factor")}
+    kept = {} if state is None else {key: state[key] for key in ("totals", "seconds", "first_loss", "uninformed_loss", "rate_factor")}
     return RunState(
         network=dict(network), setup=setup, model=model, ddp=ddp, neurons=neurons, penalty=regulariser, betas=betas,
         optimizer=optimizer, average=average, position=position, history=history, **kept,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 LOOK_S = 1.0
 """Seconds between two looks, about: at each all processes come together for a moment."""
 EXPLODED = 10.0
-"""A loss so many times that of the run's first steps is one that will not come back."""
+"""A loss so many times that of a network that has learned nothing is one that may not come back."""
+LOOKS = 3
+"""Looks in a row after which it will not: a large step at the beginning makes peaks that pass."""
 
 
-class DivergedError(RuntimeError):
-    """The loss is not finite, or many times what it was at first. Every process raises it at the same step."""
+class CommonError(RuntimeError):
+    """Raised by every process of a training, at the same step. Trying again would end the same way."""
+
+
+class DivergedError(CommonError):
+    """The loss is not finite, or stays many times that of a network that has learned nothing."""
 
     @classmethod
     def at(cls, position: Position, what: str) -> DivergedError:
@@ -71,6 +77,9 @@ class Watch:
         self._saved_at = self._looked_at = time.monotonic()
         self._next, self._looked_step = 1, 0
         self._before = torch.zeros(3, dtype=torch.float64)
+        self._heard = Request.NONE
+        self._num_high = 0
+        """Looks in a row at which the loss was too high; the same in all processes."""
 
     def begin_epoch(self, totals: Tensor) -> None:
         """`totals`: loss, correct answers and samples of this process so far."""
@@ -79,24 +88,33 @@ class Watch:
 
     def after_step(self, state: RunState, totals: Tensor, *, steps_done: int, step: int, is_last: bool) -> None:
         """steps_done: since the epoch began or was gone on with; step: over the whole run. `DivergedError`, `StoppedError`."""
-        request, is_due = Request.NONE, False
-        if steps_done >= self._next and not is_last:
-            request, is_due = self._look(state, totals, steps_done)
         every = self._config.checkpoint_steps
-        if not is_last and (request or is_due or (every is not None and step % every == 0)):
+        is_asked = every is not None and step % every == 0
+        if not is_last and steps_done < self._next and not is_asked:
+            return
+        request, is_due = self._look(state, totals, steps_done)
+        if is_last:
+            self._heard = request  # at the epoch's end the state is kept anyway
+            return
+        if request or is_due or is_asked:
             self.save(state, totals, at_once=request > Request.NONE)
         if request is Request.STOP:
             raise StoppedError
 
     def end_epoch(self, state: RunState) -> None:
-        """After the epoch's evaluation: its state is always kept."""
-        request = Request(int(self._largest([int(self._outside.request())], state)[0]))
+        """After the epoch's evaluation: its state is kept, whatever the intervals. `DivergedError`, `StoppedError`."""
+        if self._num_high and state.position.epoch >= self._config.epochs:
+            raise DivergedError.at(state.position, HIGH)
+        request = Request(int(self._together([max(self._heard, self._outside.request())], state)[0]))
+        self._heard = Request.NONE
         self.save(state, None, at_once=request > Request.NONE)
         if request is Request.STOP:
             raise StoppedError
 
     def save(self, state: RunState, totals: Tensor | None, *, at_once: bool = False) -> None:
-        """`DivergedError` where a parameter is not finite: such a state is none to go back to."""
+        """`DivergedError` where a parameter is not finite. Neither such a state nor one of a loss that is too high is one to go back to."""
+        if self._num_high:
+            return
         mine = torch.zeros(4, dtype=torch.float64, device=next(state.model.parameters()).device)
         mine[0] = float(not is_finite(state.model))
         if totals is not None:
@@ -113,37 +131,43 @@ class Watch:
     def _look(self, state: RunState, totals: Tensor, steps_done: int) -> tuple[Request, bool]:
         now, sums = time.monotonic(), totals.cpu()
         loss, _, samples = (sums - self._before).tolist()
-        mean = loss / max(samples, 1.0)
-        first = state.first_loss
         seconds_a_step = (now - self._looked_at) / max(1, steps_done - self._looked_step)
         minutes = self._config.checkpoint_minutes
         is_due = minutes is not None and now - self._saved_at >= 60 * minutes
-        request, has_diverged, highest, due, pause = self._largest(
+        request, due, pause, loss, samples = self._together(
             [
                 int(self._outside.request()),
-                float(not math.isfinite(mean) or (first is not None and mean > EXPLODED * first)),
-                mean if math.isfinite(mean) else 0.0,
                 float(self._is_first and is_due),
                 min(1000.0, max(1.0, LOOK_S // max(seconds_a_step, 1e-6))) if self._is_first else 0.0,
             ],
             state,
+            [loss, samples],
         )
-        if has_diverged:
-            why = "not finite" if first is None or not highest > EXPLODED * first else f"more than {EXPLODED:g} times that of the first steps"
-            raise DivergedError.at(state.position, f"the loss is {why}")
-        if first is None:
-            state.first_loss = highest
+        mean = loss / max(samples, 1.0)
+        if not math.isfinite(mean):
+            raise DivergedError.at(state.position, "the loss is not finite")
+        if state.first_loss is None:
+            state.first_loss = mean
+        is_high = mean > EXPLODED * max(state.first_loss, state.uninformed_loss or 0.0)
+        self._num_high = self._num_high + 1 if is_high else 0
+        if self._num_high >= LOOKS:
+            raise DivergedError.at(state.position, HIGH)
         self._looked_at, self._looked_step, self._before = now, steps_done, sums.clone()
-        self._next = steps_done + int(pause)
+        self._next = steps_done + (1 if is_high else int(pause))
         return Request(int(request)), bool(due)
 
     @staticmethod
-    def _largest(values: list[float], state: RunState) -> list[float]:
-        """Of all processes' values."""
+    def _together(largest: list[float], state: RunState, added: Sequence[float] = ()) -> list[float]:
+        """The largest of all processes' values, then sums over all of them."""
         device = next(state.model.parameters()).device
-        found = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [float(value) for value in found]
+        mine = torch.tensor([*largest, *added], dtype=torch.float64, device=device)
+        of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_all, mine)
+        found, n = torch.stack(of_all), len(largest)
+        return [*found[:, :n].amax(0).tolist(), *found[:, n:].sum(0).tolist()]
+
+
+HIGH = f"the loss stays more than {EXPLODED:g} times that of a network that has learned nothing"
 
 
 def is_finite(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,30 +19,62 @@ import dist_gsl
 from dist_gsl import data, storage
 from dist_gsl.config import RunConfig
 from dist_gsl.storage import StorageAwayError
-from dist_gsl.training import session
-from dist_gsl.training.checkpoint import Checkpoints
+from dist_gsl.training import path, session
+from dist_gsl.training.checkpoint import PATIENCE_S, Checkpoints, NotWrittenError, patiently
 from dist_gsl.training.loop import Progress
+from dist_gsl.training.session import Place
 from dist_gsl.training.state import RunState
-from dist_gsl.training.watch import DivergedError, Request, StoppedError
+from dist_gsl.training.watch import CommonError, Request, StoppedError
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """Trains from the run's last checkpoint, if it has one, and tells the driver of it.
+    """Trains from the run's last checkpoint, if it has one. job: as `_work`."""
 
-    job: "config" (RunConfig as dict, its data.dir absolute), "folder" (the run's, a path or a URI), "checkpoints" (theirs), "stop", a
-    queue that is empty until the driver asks the run to end, and "events", a queue to the driver that gets ("progress", Progress), ("epoch", record, norms, masks), ("note", text),
-    ("warning", text) and ("failed", text) from rank 0.
+    def work(config: RunConfig, device: torch.device, place: Place) -> None:
+        session.run(config, data_dir=data.prepare(config.data), device=device, place=place)
+
+    _work(job, work)
+
+
+def path_worker(job: dict[str, Any]) -> None:
+    """Follows a path from where it stands. job: as `_work`, and "path" (PathConfig as dict), "values" (penalty.beta.rest, from weak to
+    strong), "branches" (the checkpoints of each strength's network). It tells ("told", "begun" or "trained", number of the strength) too."""
+
+    def tell(kind: str, number: int) -> None:
+        if dist.get_rank() == 0:
+            job["events"].put_nowait(("told", kind, number))
+
+    def work(config: RunConfig, device: torch.device, place: Place) -> None:
+        trunk = place.checkpoints
+        assert trunk is not None
+        path.follow(
+            config, path.PathConfig(**job["path"]), job["values"], data_dir=data.prepare(config.data), device=device, trunk=trunk,
+            branches=lambda number: Checkpoints(job["branches"][number]), place=place,
+            report=path.Report(begun=lambda number: tell("begun", number), trained=lambda number: tell("trained", number)),
+        )  # fmt: skip
+
+    _work(job, work)
+
+
+def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], None]) -> None:
+    """One worker's part in what has a folder and checkpoints, and what the driver hears of it.
+
+    job: "config" (RunConfig as dict, its data.dir absolute), "folder" (a path or a URI), "file" (one in it), "checkpoints" (their folder),
+    "control" (the driver's `launch.Control`), "events", a queue to the driver that gets ("progress", Progress),
+    ("epoch", record, norms, masks), ("note", text), ("warning", text), ("begun",) and ("failed", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
-    context = ray.train.get_context()
-    is_first = context.get_world_rank() == 0
-    events = job["events"]
+    rank = ray.train.get_context().get_world_rank()
+    is_first, events = rank == 0, job["events"]
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if is_first:
         _send_warnings(events)
-    if (problem := _first_problem(_unseen(job["folder"], config.data, rank=context.get_world_rank()))) is not None:
+        events.put_nowait(("begun",))
+    is_restart = _begun_before(job["control"])
+    patience_s = PATIENCE_S if is_restart else 0.0  # at the start a mistake in an address is likelier than a storage that is away
+    if (problem := _first_problem(_unseen(job["folder"], job["file"], config.data, rank=rank, patience_s=patience_s))) is not None:
         if is_first:
             events.put_nowait(("failed", problem))
         return
@@ -57,21 +90,27 @@ def train_worker(job: dict[str, Any]) -> None:
             events.put_nowait(("epoch", record, norms, masks))
 
     def request() -> Request:
-        if is_first and not job["stop"].empty():
+        is_leaving = preemption.is_new()  # asked in every process, whatever else there is: they come together for it
+        if is_first and ray.get(job["control"].is_stopped.remote()):
             return Request.STOP
-        return Request.SAVE if preemption.is_new() else Request.NONE
+        return Request.SAVE if is_leaving else Request.NONE
 
     preemption = _Preemption()
+    place = Place(Checkpoints(job["checkpoints"]), on_epoch, on_progress, lambda text: events.put_nowait(("note", text)), request)
     try:
-        session.run(
-            config, data_dir=data.prepare(config.data), device=device, checkpoints=Checkpoints(job["checkpoints"]),
-            on_epoch=on_epoch, on_progress=on_progress, on_note=lambda text: events.put_nowait(("note", text)), request=request,
-        )  # fmt: skip
+        work(config, device, place)
     except StoppedError:  # as the driver asked
         return
-    except (DivergedError, ValueError, StorageAwayError) as error:  # trying again would end the same way
+    except (CommonError, NotWrittenError) as error:  # what one process alone fails of is Ray's to hear, or the others would wait for it
         if is_first:
             events.put_nowait(("failed", str(error)))
+
+
+def _begun_before(control: Any) -> bool:
+    """Whether other workers had this training before, the same in all of these."""
+    found = [ray.get(control.begin.remote()) > 1 if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return bool(found[0])
 
 
 class _Preemption:
@@ -88,21 +127,18 @@ class _Preemption:
         return True
 
 
-def _unseen(folder: str, data_config: data.DataConfig, *, rank: int) -> str | None:
+def _unseen(folder: str, file: str, data_config: data.DataConfig, *, rank: int, patience_s: float) -> str | None:
     """What this worker's node does not see of what every worker needs, any of which may be the first after a failure.
 
     Without this a run would fail at its first checkpoint, an epoch late.
     """
     node = ray.util.get_node_ip_address()
-    if storage.is_uri(folder):
-        try:
-            if storage.read(storage.join(folder, "config.yaml")) is None:
-                return f"node {node} does not see the run's folder {folder}: do its credentials name the same storage?"
-            storage.check_writable(folder, f".probe-{rank}")
-        except (storage.StorageError, storage.StorageAwayError) as error:
-            return f"node {node}: {error}"
-    elif (problem := _unseen_path(Path(folder), node)) is not None:
-        return problem
+    try:
+        patiently(lambda: _check_seen(folder, file, node, rank), lambda text: warnings.warn(text, stacklevel=2), patience_s=patience_s)
+    except StorageAwayError as error:
+        return str(error)
+    except storage.StorageError as error:
+        return f"node {node}: {error}"
     try:
         data.prepare(data_config)  # copies them to this node where they have a URI
     except (ValueError, OSError) as error:
@@ -110,8 +146,23 @@ def _unseen(folder: str, data_config: data.DataConfig, *, rank: int) -> str | No
     return None
 
 
-def _unseen_path(folder: Path, node: str) -> str | None:
-    if not (folder / "config.yaml").is_file():
+def _check_seen(folder: str, file: str, node: str, rank: int) -> None:
+    """`StorageAwayError` unless this worker reads and writes the run's folder."""
+    if not storage.is_uri(folder):
+        if (problem := _unseen_path(Path(folder), file, node)) is not None:
+            raise StorageAwayError(problem)
+        return
+    try:
+        is_seen = storage.read(storage.join(folder, file)) is not None
+        storage.check_writable(folder, f".probe-{rank}")
+    except StorageAwayError as error:
+        raise StorageAwayError(f"node {node}: {error}") from error
+    if not is_seen:
+        raise StorageAwayError(f"node {node} does not see the run's folder {folder}: do its credentials name the same storage?")
+
+
+def _unseen_path(folder: Path, file: str, node: str) -> str | None:
+    if not (folder / file).is_file():
         return (
             f"node {node} does not see the run's folder {folder}: give --runs a path that all nodes share, such as one "
             "on NFS, or a URI such as s3://BUCKET/runs, and set it as DIST_GSL_RUNS for the cluster"

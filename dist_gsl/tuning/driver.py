@@ -20,7 +20,7 @@ from dist_gsl.config import RunConfig
 from dist_gsl.display import SearchDisplay, Steps
 from dist_gsl.runs import NEURON_LOG, check_plain_name
 from dist_gsl.tracking import Tracker
-from dist_gsl.tuning import results, stopping
+from dist_gsl.tuning import paths, results, stopping
 from dist_gsl.tuning import space as spaces
 from dist_gsl.tuning.records import SearchFolder, SearchSettings, Status, TrialRecord, described, known_points
 from dist_gsl.tuning.searchers import suggest
@@ -64,6 +64,7 @@ def search(
     given = settings.base
     base = launch.settled(given)
     settings = replace(settings, base=base, space=described(space))
+    points = [] if settings.path is None else paths.values(settings, space)
     _check_folder(folder, settings, resume=resume)
     with launch.connected(base.workers):
         with Steps(console) as steps:
@@ -73,11 +74,13 @@ def search(
         with folder.locked(), launch.ray_cluster(base.workers, dashboard=True) as resources:
             if track:
                 tracking.check_owner(runs_dir, may_move=launch.is_job() and resources.num_nodes > 1)
-            conductor = _Conductor(folder, settings, space, widths, runs_dir, command, console, track)
+            conductor = Conductor(folder, settings, space, widths, runs_dir, command, console, track)
             conductor.begin()
             status = tracking.Status.FAILED
             try:
-                if conductor.remaining:
+                if settings.path is not None:
+                    paths.follow(conductor, resources, points)
+                elif conductor.remaining:
                     concurrent = min(resources.num_concurrent, max_concurrent or resources.num_concurrent)
                     if settings.objective == "latency":  # run time is not measured beside other trainings
                         concurrent = 1
@@ -107,7 +110,7 @@ def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: boo
         *((f"the space's {key}", before.space.get(key), now.space.get(key)) for key in {**before.space, **now.space}),
         *(
             (f"--{key}", getattr(before, key), getattr(now, key))
-            for key in ("searcher", "objective", "seed", "baseline")
+            for key in ("searcher", "objective", "seed", "baseline", "path", *(["num_trials"] if now.path is not None else []))
         ),
         ("early stopping", before.stopping, now.stopping),
         *((key, before.base.flat().get(key), value) for key, value in now.base.flat().items() if "workers." not in key),
@@ -120,7 +123,7 @@ def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: boo
             )
 
 
-class _Conductor:
+class Conductor:
     """Decides what is tried next and what is stopped, and writes down what comes of it."""
 
     def __init__(
@@ -133,8 +136,11 @@ class _Conductor:
         self.records = folder.records()
         # Trials of an earlier start with more of them are not left half done.
         self.numbers = range(max([settings.num_trials, *(number + 1 for number in self.records)]))
-        epochs = settings.base.train.epochs
-        self.display = SearchDisplay(console, title=folder.name, num_trials=len(self.numbers), num_epochs=epochs)
+        num, epochs, what = len(self.numbers), float(settings.base.train.epochs), ""
+        if settings.path is not None:
+            in_all = settings.path.num_epochs(settings.base.train, num - 1)
+            epochs, what = in_all / num, f"a path of {num} networks, {in_all} epochs in all"
+        self.display = SearchDisplay(console, title=folder.name, num_trials=num, num_epochs=epochs, what=what)
         self.parent = self._tracker()
         self.trackers: dict[int, Tracker] = {}
 
@@ -184,29 +190,36 @@ class _Conductor:
             if record is None:  # a grid's end
                 return None
             self.queue.pop(0)
-            self.records[number] = record
-            record.num_starts += 1
-            self.folder.save(record)
-            run_folder = self.folder.trial(number)
-            tracker = self.trackers[number] = self._tracker()
-            tags = {"kind": "trial", "trial": str(number)}
-            if self.parent.run_id is not None:
-                tags["mlflow.parentRunId"] = self.parent.run_id
-            try:
-                config = self.config_of(record)
-            except ValueError as error:  # a combination that no check of the space came upon
-                tracker.start(f"{self.folder.name}/{run_folder.name}", record.params, tags, run_id=record.mlflow_run_id)
-                self.finish(record, Status.FAILED, str(error))
+            config = self.start(record)
+            if config is None:
                 continue
-            config.save(run_folder.config_file)
-            params = config.flat() | config.effective()
-            tracker.start(f"{self.folder.name}/{run_folder.name}", params, tags, run_id=record.mlflow_run_id)
-            self._save(record)
-            self.display.started(record)
-            return {"number": number, "config": config.to_dict(), "folder": str(run_folder.path),
+            return {"number": number, "config": config.to_dict(), "folder": str(self.folder.trial(number).path),
                     "latency": self.settings.objective == "latency",
                     "command": shlex.join(self.command)}  # fmt: skip
         return None
+
+    def start(self, record: TrialRecord) -> RunConfig | None:
+        """Writes a trial down as begun, or as gone on with; None where its config cannot be and it has failed."""
+        self.records[record.number] = record
+        record.num_starts += 1
+        self.folder.save(record)
+        run_folder = self.folder.trial(record.number)
+        tracker = self.trackers[record.number] = self._tracker()
+        tags = {"kind": "trial", "trial": str(record.number)}
+        if self.parent.run_id is not None:
+            tags["mlflow.parentRunId"] = self.parent.run_id
+        try:
+            config = self.config_of(record)
+        except ValueError as error:  # a combination that no check of the space came upon
+            tracker.start(f"{self.folder.name}/{run_folder.name}", record.params, tags, run_id=record.mlflow_run_id)
+            self.finish(record, Status.FAILED, str(error))
+            return None
+        config.save(run_folder.config_file)
+        params = config.flat() | config.effective()
+        tracker.start(f"{self.folder.name}/{run_folder.name}", params, tags, run_id=record.mlflow_run_id)
+        self._save(record)
+        self.display.started(record)
+        return config
 
     def _new(self, number: int) -> TrialRecord | None:
         if self.settings.baseline and number == 0:
@@ -225,6 +238,8 @@ class _Conductor:
         self.folder.save(record)
 
     def config_of(self, record: TrialRecord) -> RunConfig:
+        if self.settings.path is not None:
+            return paths.config_of(self.settings, record)
         if record.is_baseline:
             return replace(self.settings.base, penalty=self.settings.base.penalty.without())
         return launch.settled(spaces.applied(self.settings.base, record.params))
@@ -250,7 +265,7 @@ class _Conductor:
 
     def _epoch(self, record: TrialRecord, epoch: dict[str, Any]) -> bool:
         self._take(record, epoch)
-        self.display.epoch(record, epoch)
+        self.display.epoch(record, epoch, num_epochs=self.config_of(record).train.epochs)
         reason = self._hopeless(record, epoch)
         if reason is not None:
             self.finish(record, Status.STOPPED, reason)
@@ -298,7 +313,7 @@ class _Conductor:
             self.finish(record, Status.FAILED, reason)
 
 
-def _run_tune(conductor: _Conductor, *, gpu: bool, max_concurrent: int) -> None:
+def _run_tune(conductor: Conductor, *, gpu: bool, max_concurrent: int) -> None:
     quiet()
     from ray import tune
     from ray.tune import Callback, TuneError

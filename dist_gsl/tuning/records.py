@@ -22,11 +22,14 @@ import yaml
 from dist_gsl.config import RunConfig
 from dist_gsl.pareto import Point
 from dist_gsl.runs import RunFolder
+from dist_gsl.training.path import PathConfig
 from dist_gsl.tuning.searchers import SEARCHERS, Known
 from dist_gsl.tuning.space import Space
 from dist_gsl.tuning.stopping import Moment, StoppingConfig
 
 OBJECTIVES = ("neurons", "latency")
+PATH = "path"
+"""The searcher of trials that are the points of one path."""
 SEARCH_FILE, TRIAL_FILE, PREFIX = "search.yaml", "trial.json", "trial-"
 
 
@@ -103,10 +106,14 @@ class SearchSettings:
     stopping: StoppingConfig | None = field(default_factory=StoppingConfig)
     """None: every trial runs to its end."""
     num_trials: int = 20
-    """The baseline counted. More may be asked for when the search is gone on with."""
+    """The baseline counted. More may be asked for when the search is gone on with, but for a path."""
+    path: PathConfig | None = None
+    """How long a path's parts are, where the trials are its points and `searcher` is "path"."""
 
     def __post_init__(self) -> None:
-        if self.searcher not in SEARCHERS:
+        if (self.searcher == PATH) != (self.path is not None):
+            raise ValueError(f"--searcher is {self.searcher!r} and --path is {'not ' if self.path is None else ''}given; give one of them")
+        if self.searcher not in (*SEARCHERS, PATH):
             raise ValueError(f"--searcher is {self.searcher!r}, must be one of {', '.join(SEARCHERS)}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective is {self.objective!r}, must be one of {', '.join(OBJECTIVES)}")
@@ -146,10 +153,11 @@ class SearchFolder:
     def settings(self) -> SearchSettings:
         try:
             content = yaml.safe_load(self.settings_file.read_text())
-            stopping = content["stopping"]
+            stopping, path = content["stopping"], content.get("path")
             return SearchSettings(
                 **{**content, "base": RunConfig.from_dict(content["base"]),
-                   "stopping": None if stopping is None else StoppingConfig(**stopping)},
+                   "stopping": None if stopping is None else StoppingConfig(**stopping),
+                   "path": None if path is None else PathConfig(**path)},
             )  # fmt: skip
         except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
             raise ValueError(f"{self.settings_file} cannot be read ({error}); start a new search") from error

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from ray.exceptions import RayError
 
-from dist_gsl import artifact, launch, report, runs, timing
+from dist_gsl import artifact, data, launch, report, runs, timing
 from dist_gsl.config import RunConfig
 from dist_gsl.launch import Listener
 from dist_gsl.report import NeuronLog
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
+from dist_gsl.training import session
 
 TOLD = "told"
 """The one key of a trial's results: [kind, content]. A list, as Tune takes dicts apart."""
@@ -58,6 +59,8 @@ def run_trial(job: dict[str, Any]) -> None:
         if state is not None:  # an epoch may be in the checkpoint that nobody was told of
             _tell("history", state["history"])
         if state is None or state["position"]["epoch"] < config.train.epochs:
+            # Refused here, what the config alone is wrong about does not fail in the workers again and again.
+            session.dry_build(config, session.shapes_of(config, data.dataset_info(data.prepare(config.data))))
             launch.train(config, folder, resources, listener=_ToTune(folder))
         made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=job["command"])
         report.write(made, folder.path)

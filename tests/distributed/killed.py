@@ -74,7 +74,6 @@ def _train(rank: int, num_processes: int, rendezvous: str, values: dict[str, Any
 
     loop.train_step = killed  # type: ignore[assignment]
     session.run(
-        RunConfig.from_dict(values), data_dir=Path(data_dir), device=torch.device("cpu"), checkpoints=Checkpoints(folder),
-        on_epoch=lambda state, record: None,
+        RunConfig.from_dict(values), data_dir=Path(data_dir), device=torch.device("cpu"), place=session.Place(Checkpoints(folder)),
     )  # fmt: skip
     os._exit(0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -103,7 +104,7 @@ def test_failures_are_recorded_and_the_search_goes_on(directory: Path, capsys: p
     captured = capsys.readouterr()
     assert code == 1
     assert "3 of 5 trials failed" in captured.err
-    assert "not finite in epoch 1; lower train.learning_rate" in captured.out
+    assert re.search("the loss is not finite in epoch 1, step [0-9]+; lower train.learning_rate", captured.out)
     folder = SearchFolder(directory / "runs" / "faulty")
     records = folder.records()
     by_point = {(r.params.get("train.init"), r.params.get("train.learning_rate")): r for r in records.values()}
@@ -213,6 +214,56 @@ def test_constraints_after_the_search(directory: Path, capsys: pytest.CaptureFix
     assert "no finished trial fits" in capsys.readouterr().out
     assert main(["tune", "plain.py", "--name", "killed"]) == 2
     assert "go on with it by --resume" in capsys.readouterr().err
+
+
+def test_a_path_is_one_training_with_a_network_for_each_strength(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its driver is killed while the second strength is on; what was trained until then is not trained again."""
+    folder = SearchFolder(directory / "runs" / "along")
+    given = ["tune", "plain.py", "--path", "--trials", "3", "--name", "along", "--train.epochs", "5", "--step-epochs", "2", "--finish-epochs", "2"]
+    driver = subprocess.Popen([sys.executable, "-m", "dist_gsl.cli", *given], cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        until(lambda: folder.path.exists() and 2 in (records := folder.records()) and bool(records[2].curve), driver)
+    finally:
+        driver.kill()
+        driver.communicate()
+    before = [(folder.trial(number).path / "report.json").stat().st_mtime_ns for number in (0, 1)]
+    assert main([*given, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "a path of 3 networks, 13 epochs in all, 2 done before, 1 to go on with" in output
+    assert [(folder.trial(number).path / "report.json").stat().st_mtime_ns for number in (0, 1)] == before
+    records = folder.records()
+    assert [record.status for record in records.values()] == [Status.FINISHED] * 3
+    assert [record.params.get("penalty.beta.rest") for record in records.values()] == [None, 3.0, 1.5]
+    assert [[moment.epoch for moment in record.curve] for record in records.values()] == [[1, 2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 9]]
+    alive = [record.alive for record in records.values()]
+    assert alive == sorted(alive, reverse=True)  # type: ignore[type-var]
+    assert alive[-1] is not None
+    assert alive[-1] < 100
+    searches, trials = children(directory)
+    (search,) = [run for run in searches if run.info.run_name == "along"]
+    mine = [trial for trial in trials if trial.data.tags["mlflow.parentRunId"] == search.info.run_id]
+    assert [trial.info.status for trial in mine] == ["FINISHED"] * 3
+    assert main(["train", "--from-trial", "along/trial-002", "--name", "from-path"]) == 0
+    assert json.loads((directory / "runs" / "from-path" / "report.json").read_text())["baseline"] == "along/trial-000"
+    capsys.readouterr()
+    assert main([*given[:4], "4", *given[5:], "--resume"]) == 2
+    assert "--resume: --num_trials is 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--path", "--no-baseline"], "--path: it begins with the dense network"),
+        (["--path", "--objective", "latency"], "--path: run time is not measured beside a training"),
+        (["--path", "--train.epochs", "4"], "path: train.epochs is 4, of which 4 finish"),
+        (["--step-epochs", "2"], "tune: --step-epochs is of a path; give --path too"),
+        (["--searcher", "path"], "--searcher is 'path'"),
+    ],
+)
+def test_what_makes_no_path_is_refused(options: list[str], message: str, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "plain.py", "--name", "none", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (directory / "runs" / "none").exists()
 
 
 def test_the_compare_view_draws_accuracy_against_neuron_reduction(directory: Path) -> None:

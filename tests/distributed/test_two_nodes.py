@@ -248,6 +248,10 @@ def test_a_stopped_job_leaves_its_checkpoints_and_says_so_to_the_store(net: Netw
     output = log(net, "stopped")
     assert "submit it with --no-wait" in output
     assert "stopped after" in output
+    logs = gsl(net, "jobs", "logs", next(word for word in output.split() if word.startswith("stopped-")), "--address", JOBS).stdout
+    assert "the workers keep their state and end" in logs  # who submitted it listens no more
+    assert "did not end within" not in logs
+    assert logs.rstrip().endswith("`--resume` goes on from the last checkpoint")
     assert RunFolder(net.runs / "stopped").checkpoints.names()
     code = (
         "from mlflow.tracking import MlflowClient; client = MlflowClient()\n"

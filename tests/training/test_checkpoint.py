@@ -154,6 +154,77 @@ def test_a_damaged_one_is_passed_over_and_goes_with_the_next(tmp_path: Path) -> 
     assert checkpoints.names() == ["epoch-0001-step-000005", "epoch-0001"]  # both good
 
 
+def test_one_without_its_file_is_passed_over(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        Checkpoints(tmp_path).write(state_at(epoch))
+    (tmp_path / "epoch-0002" / "state.pt").unlink()
+    warned: list[str] = []
+    assert (Checkpoints(tmp_path).last(warned.append) or ("",))[0] == "epoch-0001"
+    assert "state.pt is not there" in warned[0]
+
+
+def test_one_that_cannot_be_read_is_passed_over_when_patience_ends(tmp_path: Path) -> None:
+    class Unreadable(Checkpoints):
+        def read(self, name: str) -> Any:
+            if name == "epoch-0002":
+                raise StorageAwayError(f"{name}: Input/output error")
+            return super().read(name)
+
+    for epoch in (1, 2):
+        Checkpoints(tmp_path).write(state_at(epoch))
+    with pytest.raises(StorageAwayError):  # nobody waited: it may be there in a moment
+        Unreadable(tmp_path).last()
+    warned: list[str] = []
+    assert (Unreadable(tmp_path).last(warned.append, patience_s=0.01) or ("",))[0] == "epoch-0001"
+    assert "Input/output error; it is passed over" in warned[0]
+
+
+def test_no_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Checkpoints(tmp_path).write(state_at(1))
+    for error in (MemoryError(), OSError(5, "Input/output error")):
+        with monkeypatch.context() as patch:
+
+            def fails(*_: object, error: Exception = error, **__: object) -> None:
+                raise error
+
+            patch.setattr(torch, "load", fails)
+            with pytest.raises((MemoryError, StorageAwayError)):
+                Checkpoints(tmp_path).last()
+    assert Checkpoints(tmp_path).last() is not None
+
+
+def test_one_that_led_nowhere_is_passed_over(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(state_at(1))
+    assert not checkpoints.pass_over("epoch-0001")  # the only one
+    checkpoints.write(state_at(2))
+    assert checkpoints.pass_over("epoch-0002")
+    assert (checkpoints.last() or ("",))[0] == "epoch-0001"
+    checkpoints.write(state_at(1, 4))
+    assert checkpoints.names() == ["epoch-0001-step-000004", "epoch-0001"]
+
+
+def test_what_was_to_be_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two renames fails, or the process is killed between them."""
+    file = checkpoint.save(state_at(1, value=1.0), tmp_path / "epoch-0001")
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if Path(target) == file.parent and not self.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            checkpoint.save(state_at(1, value=2.0), file.parent)
+    assert [each.name for each in tmp_path.iterdir()] == ["epoch-0001"]
+    file.parent.rename(tmp_path / ".epoch-0001.0a1b2c3d.old")
+    (tmp_path / ".epoch-0001.0a1b2c3d").mkdir()
+    _, state = Checkpoints(tmp_path).last() or ("", {})
+    assert float(state["model"]["w"][0, 0]) == 1.0
+
+
 def test_nothing_but_damaged_ones_is_no_beginning(tmp_path: Path) -> None:
     Checkpoints(tmp_path).write(state_at(1))
     damage(tmp_path / "epoch-0001" / "state.pt")
@@ -223,6 +294,38 @@ def test_a_storage_that_fails_and_returns(tmp_path: Path) -> None:
     assert checkpoints.names()[0] == "epoch-0002"
     assert len(warned) == 1
     assert "checkpoint epoch-0001 is not written" in warned[0]
+
+
+def test_an_error_of_another_kind_does_not_end_the_writer(tmp_path: Path) -> None:
+    class Broken(Checkpoints):
+        tries = 0
+
+        def write(self, state: Any) -> str:
+            self.tries += 1
+            if self.tries == 1:
+                raise KeyError("region")
+            return super().write(state)
+
+    warned: list[str] = []
+    writer = Writer(Broken(tmp_path), warned.append)
+    writer.put(state_at(1))
+    writer.close(30)
+    assert Checkpoints(tmp_path).names() == ["epoch-0001"]
+    assert "epoch-0001 is not written: KeyError: 'region'" in warned[0]
+
+
+def test_what_waits_can_be_discarded(tmp_path: Path) -> None:
+    checkpoints = Failing(tmp_path)
+    writer = Writer(checkpoints, lambda text: None)
+    writer.put(state_at(2))
+    assert checkpoints.tried.acquire(timeout=10)
+    writer.discard()
+    checkpoints.is_away = False
+    writer.flush(10)
+    assert Checkpoints(tmp_path).names() == []
+    writer.put(state_at(1))
+    writer.close(30)
+    assert Checkpoints(tmp_path).names() == ["epoch-0001"]
 
 
 def test_a_training_does_not_wait_for_the_writer(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from dist_gsl.config import RunConfig
 from dist_gsl.training import loop, session
 from dist_gsl.training.checkpoint import Checkpoints, snapshot
 from dist_gsl.training.config import TrainConfig
-from dist_gsl.training.state import RunState, build
-from dist_gsl.training.watch import DivergedError, Outside, Request, StoppedError
+from dist_gsl.training.state import Position, RunState, build
+from dist_gsl.training.watch import DivergedError, Outside, Request, StoppedError, Watch
 from tests.distributed.killed import config as digits_config
 from tests.training.trainings import NETWORK, PENALTY, TRAIN, TensorBatches, equal, trained
 
@@ -80,7 +80,7 @@ def test_and_the_state_after_so_many_minutes() -> None:
 def test_asked_to_end_it_keeps_the_state_and_goes_on_from_there() -> None:
     kept = Kept(request=Asked(Request.STOP, 9))
     assert isinstance(kept.error, StoppedError)
-    assert kept.places[-1] == (1, 3, True)  # five questions in the first epoch's six steps, one at its end
+    assert kept.places[-1] == (1, 2, True)  # six questions in the first epoch's six steps, one at its end
     whole, records = trained(NO_TIME)
     resumed, rest = trained(NO_TIME, state=kept.states[-1])
     assert equal(whole, resumed)
@@ -102,7 +102,65 @@ def test_a_loss_beyond_hope_ends_the_training(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("dist_gsl.training.watch.EXPLODED", 1e-9)
     error = Kept().error
     assert isinstance(error, DivergedError)
-    assert "1e-09 times that of the first steps in epoch 1, step 2; lower train.learning_rate" in str(error)
+    assert "times that of a network that has learned nothing in epoch 1, step 3; lower train.learning_rate" in str(error)
+
+
+class Losses:
+    """What a watch makes of losses that are not computed: (step, mean loss) after each of which it looks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, config: TrainConfig = NO_TIME) -> None:
+        monkeypatch.setattr("dist_gsl.training.watch.LOOK_S", 0.0)
+        self.state, _ = trained()
+        self.state.first_loss, self.state.uninformed_loss = None, None
+        self.saved: list[dict[str, int]] = []
+        self.watch = Watch(config, Outside(save=lambda state, at_once: self.saved.append(state["position"])))
+        self.totals, self.steps = torch.zeros(3, dtype=torch.float64), 0
+        self.watch.begin_epoch(self.totals)
+
+    def after(self, loss: float, *, samples: int = 8) -> None:
+        self.totals += torch.tensor([loss * samples, 0, samples], dtype=torch.float64)
+        self.steps += 1
+        self.state.position = Position(0, self.steps)
+        self.watch.after_step(self.state, self.totals, steps_done=self.steps, step=self.steps, is_last=False)
+
+
+def test_a_peak_passes_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = Losses(monkeypatch, replace(NO_TIME, checkpoint_steps=1))
+    for loss in (2.0, 25.0, 25.0, 3.0, 25.0, 25.0, 19.0):
+        losses.after(loss)
+    assert [each["step"] for each in losses.saved] == [1, 4, 7]
+    losses.after(21.0)
+    losses.after(21.0)
+    with pytest.raises(DivergedError, match="stays more than 10 times that of a network that has learned nothing in epoch 1, step 10"):
+        losses.after(21.0)
+
+
+def test_a_run_that_begins_with_a_small_loss_may_have_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that starts from a trained network."""
+    losses = Losses(monkeypatch)
+    losses.state.uninformed_loss = math.log(10)
+    for loss in (0.001, 0.3, 1.5, 2.0, 2.3):
+        losses.after(loss)
+    assert losses.state.first_loss == pytest.approx(0.001)
+
+
+def test_a_run_does_not_end_well_at_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = Losses(monkeypatch)
+    losses.after(2.0)
+    losses.after(25.0)
+    losses.state.position = Position(1, 0)
+    losses.watch.end_epoch(losses.state)
+    assert losses.saved == []
+    losses.state.position = Position(NO_TIME.epochs, 0)
+    with pytest.raises(DivergedError):
+        losses.watch.end_epoch(losses.state)
+
+
+def test_the_loss_of_a_network_that_has_learned_nothing() -> None:
+    state, _ = trained()
+    assert state.uninformed_loss == pytest.approx(math.log(NETWORK["num_classes"]))
+    targets = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    assert loop._uninformed_loss(state, replace(TRAIN, loss="square"), targets) == pytest.approx((1 + 4 + 9) / 2)
 
 
 def test_a_state_that_is_not_finite_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +197,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, directory: Path, **train: Any) -> RunState:
     config: RunConfig = digits_config(**train)
     return session.run(
-        config, data_dir=directory, device=torch.device("cpu"), checkpoints=Checkpoints(folder), on_epoch=lambda state, record: None
+        config, data_dir=directory, device=torch.device("cpu"), place=session.Place(Checkpoints(folder))
     )
 
 
@@ -156,6 +214,17 @@ def test_back_to_the_last_checkpoint_with_a_smaller_step(digits: Path, tmp_path:
     assert [record["epoch"] for record in state.history] == [1, 2, 3]
     assert len(rates) == 48 + 4  # some were made twice
     assert rates[24:28] == pytest.approx([rate / 2 for rate in rates[20:24]])
+
+
+@pytest.mark.filterwarnings(*EXPECTED)
+def test_from_where_it_diverged_twice_it_goes_back_further(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = spoil_at(monkeypatch, epoch=1, step=7, times=2)
+    first, second = r"back to epoch 1, step 4, with 0\.5 of", r"back to epoch 1, step 0, with 0\.25 of"
+    with pytest.warns(UserWarning, match=first), pytest.warns(UserWarning, match=second):
+        state = run(tmp_path / "run", digits, on_divergence="back")
+    assert [record["epoch"] for record in state.history] == [1, 2, 3]
+    assert len(rates) == 48 + 4 + 8
+    assert Checkpoints(tmp_path / "run").names()[0] == "epoch-0003"
 
 
 @pytest.mark.filterwarnings(*EXPECTED)
