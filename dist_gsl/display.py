@@ -137,8 +137,11 @@ class SearchDisplay:
         self._say(f"trial {trial.number}: {trial.status.value}" + (f": {trial.reason}" if trial.reason else ""))
         self._move()
 
+    def note(self, trial: TrialRecord, text: str) -> None:
+        self._say(f"trial {trial.number}: {text}")
+
     def warning(self, trial: TrialRecord, text: str) -> None:
-        self._say(f"trial {trial.number}: warning: {text}")
+        self.note(trial, f"warning: {text}")
 
     def _say(self, text: str) -> None:
         self.console.print(f"{self.title}: {text}", highlight=False)

@@ -8,19 +8,30 @@ without penalty while the learning rate falls to zero. This is how paths are com
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_gsl.config import RunConfig
 from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule, starting_betas
-from dist_gsl.training.checkpoint import Checkpoints, name_of, snapshot
+from dist_gsl.storage import StorageAwayError
+from dist_gsl.training.checkpoint import Checkpoints, name_of, patiently, snapshot
 from dist_gsl.training.config import TrainConfig
-from dist_gsl.training.session import Place, Session, UnreadableError, last_state, network_arguments
-from dist_gsl.training.state import build_network
+from dist_gsl.training.session import (
+    Place,
+    Session,
+    UnavailableError,
+    last_state,
+    network_arguments,
+    raise_together,
+    warn,
+)
+from dist_gsl.training.state import build_network, initialise
 
 
 @dataclass(frozen=True)
@@ -111,53 +122,81 @@ def follow(
 
     Errors as `Session.train`.
     """
-    last = last_state(trunk)
-    session = Session(config, data_dir=data_dir, device=device, state=None if last is None else last[1])
+    name, state = last_state(trunk) or (None, None)
+    session = Session(config, data_dir=data_dir, device=device, state=state)
     betas = _betas(config, values, session)
-    plain, name = replace(config.penalty, beta=PerLayer(0.0)), None if last is None else last[0]
-    state = None if last is None else last[1]
+    plain = replace(config.penalty, beta=PerLayer(0.0))
+    place = replace(place, checkpoints=trunk)
     for number in range(len(values) + 1):
-        part, branch = path.trunk(config.train, number), path.branch(config.train, number)
-        penalty = replace(at_strength(config.penalty, values[number - 1]), beta_schedule=Schedule()) if number else plain
-        done = last_state(branches(number))
-        if done is not None and done[1]["position"]["epoch"] >= branch.epochs:
-            report.trained(number)
-            if not _is_beyond(state, part.epochs):  # the trunk's checkpoint of this part is damaged
-                state = _trained(session, part, penalty, replace(place, checkpoints=trunk), _with(state, betas[number]), name)
-            continue
-        if state is not None and state["position"]["epoch"] > part.epochs:
-            raise UnreadableError(f"{branches(number).folder} is gone, and the path is beyond it: start a new search")
-        report.begun(number)
-        state = _trained(session, part, penalty, replace(place, checkpoints=trunk), _with(state, betas[number]), name)
-        name = name_of(**state["position"])
-        end, its_name = (state, None) if done is None else (done[1], done[0])
-        # A copy: the optimizer goes on with the very tensors that it is given.
-        free = _with(snapshot(end), dict.fromkeys(end["betas"], 0.0))
-        _trained(session, branch, plain, replace(place, checkpoints=branches(number)), free, its_name)
+        part, branch, kept = path.trunk(config.train, number), path.branch(config.train, number), branches(number)
+        done = last_state(kept)
+        if done is None and _position(state) > (part.epochs, 0):
+            raise UnavailableError(f"{kept.folder} is gone, and the path is beyond it: start a new search")
+        if done is None or _position(done[1]) < (branch.epochs, 0):
+            report.begun(number)
+        if _position(state) < (part.epochs, 0):
+            penalty = _on(at_strength(config.penalty, values[number - 1])) if number else plain
+            state = _trained(session, part, penalty, place, (name, state), betas[number])
+            name = name_of(**state["position"])
+        if done is None:
+            # What the branch goes on from, and goes back to where it diverges. Read again, as an optimizer goes on with the very tensors that
+            # it is given.
+            assert state is not None
+            _keep(kept, state)
+            done = last_state(kept)
+            assert done is not None
+        if _position(done[1]) < (branch.epochs, 0):
+            _trained(session, branch, plain, replace(place, checkpoints=kept), done, dict.fromkeys(done[1]["betas"], 0.0))
+        del done
         report.trained(number)
 
 
-def _is_beyond(state: dict[str, Any] | None, epochs: int) -> bool:
-    return state is not None and state["position"]["epoch"] >= epochs
+def _position(state: dict[str, Any] | None) -> tuple[int, int]:
+    return (0, 0) if state is None else (state["position"]["epoch"], state["position"]["step"])
 
 
-def _with(state: dict[str, Any] | None, betas: dict[str, float] | None) -> dict[str, Any] | None:
-    return None if state is None else {**state, **({} if betas is None else {"betas": betas})}
+def _on(penalty: PenaltyConfig) -> PenaltyConfig:
+    """From the first step to the last."""
+    return replace(penalty, beta_schedule=Schedule(), alpha_schedule=Schedule())
+
+
+def _keep(checkpoints: Checkpoints, state: dict[str, Any]) -> None:
+    """Writes a state. `UnavailableError` in every process where that cannot be."""
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            patiently(lambda: checkpoints.write(state), warn)
+        except StorageAwayError as error:
+            problem = str(error)
+    raise_together(problem)
 
 
 def _trained(
-    session: Session, train: TrainConfig, penalty: PenaltyConfig, place: Place, state: dict[str, Any] | None, name: str | None
+    session: Session,
+    train: TrainConfig,
+    penalty: PenaltyConfig,
+    place: Place,
+    start: tuple[str | None, dict[str, Any] | None],
+    betas: dict[str, float] | None,
 ) -> dict[str, Any]:
-    run = session.train(train, penalty, place, None if state is None else (name or "", state))
+    """The state at the end; that at the start is emptied."""
+    name, state = start
+    run = session.train(train, penalty, place, None if name is None or state is None else (name, state), betas=betas)
     kept: dict[str, Any] = snapshot(run.state_dict())
     run.optimizer.detach()
+    del run
+    gc.collect()
+    if session.device.type == "cuda":
+        torch.cuda.empty_cache()
     return kept
 
 
 def _betas(config: RunConfig, values: Sequence[float], session: Session) -> list[dict[str, float] | None]:
     """Of each strength in absolute units, those that a training of its own with the config's schedule would have; None for the dense one."""
     torch.manual_seed(config.train.seed)  # as `build` does
-    _, neurons = build_network(network_arguments(config, session.shapes), image_shape=session.shapes.image)
+    model, neurons = build_network(network_arguments(config, session.shapes), image_shape=session.shapes.image)
+    if config.train.init is not None:
+        initialise(model, neurons, config.train.init)
     steps = len(session.training_data)
     return [
         None,

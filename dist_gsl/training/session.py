@@ -153,17 +153,25 @@ class Session:
         gc.collect()
         gc.freeze()  # what is here stays: no removal of neurons needs to look through it, which took a third of a second
 
-    def train(self, train: TrainConfig, penalty: PenaltyConfig, place: Place, start: tuple[str, dict[str, Any]] | None) -> RunState:
+    def train(
+        self,
+        train: TrainConfig,
+        penalty: PenaltyConfig,
+        place: Place,
+        start: tuple[str, dict[str, Any]] | None,
+        *,
+        betas: Mapping[str, float] | None = None,
+    ) -> RunState:
         """Trains to the last epoch of `train`, and keeps checkpoints on the way.
 
         start: (name of the checkpoint, state) to go on from; None: the beginning. The state is emptied, or it would stay in memory.
+        betas: of a part of a training, in the place of those in any state that is gone on from; a part does not go back before its start.
 
-        In every process at the same step: `DivergedError`; `UnreadableError` where there are checkpoints and none can be read;
-        `StoppedError`, the state being kept. In the first process alone, the others being done: `NotWrittenError` where the last checkpoint
-        cannot be written.
+        In every process at the same step: `DivergedError`; `UnavailableError` where there are checkpoints and none can be read, or
+        the last one cannot be written; `StoppedError`, the state being kept.
         """
         is_first, checkpoints = dist.get_rank() == 0, place.checkpoints
-        writer = Writer(checkpoints, _warn) if is_first and checkpoints is not None else None
+        writer = Writer(checkpoints, warn) if is_first and checkpoints is not None else None
 
         def save(kept: dict[str, Any], at_once: bool) -> None:
             if writer is None:
@@ -173,12 +181,15 @@ class Session:
                 try:
                     writer.flush(AT_ONCE_S)
                 except NotWrittenError as error:
-                    _warn(str(error))
+                    warn(str(error))
 
-        returned_to, state = (None, None) if start is None else start
+        begun_from, state = (None, None) if start is None else start
+        returned_to = start = None
         factor = None
         try:
             while True:
+                if state is not None and betas is not None:
+                    state["betas"] = dict(betas)
                 run_state = build(
                     network_arguments(self.config, self.shapes), image_shape=self.shapes.image, train=train, penalty=penalty,
                     steps_per_epoch=len(self.training_data), device=self.device, state=state,
@@ -207,21 +218,39 @@ class Session:
                     torch.cuda.empty_cache()
                 if writer is not None:
                     writer.discard()  # the one before will do
-                last = last_state(checkpoints, not_again=returned_to)
+                is_start = betas is not None and returned_to == begun_from
+                last = last_state(checkpoints, not_again=None if is_start else returned_to)
                 returned_to, state = (None, None) if last is None else last
                 if is_first:
                     at = Position() if state is None else Position(**state["position"])
-                    _warn(f"{problem}; back to epoch {at.epoch}, step {at.step}, with {factor:g} of the learning rate")
+                    warn(f"{problem}; back to epoch {at.epoch}, step {at.step}, with {factor:g} of the learning rate")
         except BaseException:
             if writer is not None:
                 try:
                     writer.close(AT_ONCE_S)
                 except NotWrittenError as error:  # what happened first is what is raised
-                    _warn(str(error))
+                    warn(str(error))
             raise
-        if writer is not None:
-            writer.close(PATIENCE_S)
+        _close(writer)
         return run_state
+
+
+def _close(writer: Writer | None) -> None:
+    problem = None
+    if writer is not None:
+        try:
+            writer.close(PATIENCE_S)
+        except NotWrittenError as error:
+            problem = str(error)
+    raise_together(problem)
+
+
+def raise_together(problem: str | None) -> None:
+    """What the first process has to say is an `UnavailableError` in all; None: nothing."""
+    found = [problem]
+    dist.broadcast_object_list(found, 0)
+    if found[0] is not None:
+        raise UnavailableError(found[0])
 
 
 def run(config: RunConfig, *, data_dir: Path, device: torch.device, place: Place) -> RunState:
@@ -233,8 +262,8 @@ def run(config: RunConfig, *, data_dir: Path, device: torch.device, place: Place
     return session.train(config.train, config.penalty, place, last)
 
 
-class UnreadableError(CommonError):
-    """There are checkpoints, and none can be read."""
+class UnavailableError(CommonError):
+    """There are checkpoints, and none can be read; or the last one cannot be written."""
 
 
 MAX_RETURNS = 5
@@ -249,7 +278,7 @@ def num_micro_batches(config: RunConfig, state: Mapping[str, Any] | None) -> int
     begun = None if state is None else state["num_micro_batches"]
     world_size = dist.get_world_size()
     if begun is not None and begun < world_size and dist.get_rank() == 0:
-        _warn(
+        warn(
             f"the run was begun with {begun} micro-batches a step and goes on with {world_size}, one for each worker: BatchNorm sees fewer "
             f"samples at once; --workers.num {begun} keeps them"
         )
@@ -269,7 +298,7 @@ def last_state(checkpoints: Checkpoints | None, *, not_again: str | None = None)
     not_again: the one gone on from last time. Where it is still the last, training from it came to nothing: the one before is taken, if
     there is one.
 
-    `UnreadableError`.
+    `UnavailableError`.
     """
     if checkpoints is None:
         return None
@@ -277,9 +306,9 @@ def last_state(checkpoints: Checkpoints | None, *, not_again: str | None = None)
     state, problem = None, None
     try:
         if dist.get_rank() == 0:
-            last = checkpoints.last(_warn, patience_s=PATIENCE_S)
+            last = checkpoints.last(warn, patience_s=PATIENCE_S)
             if last is not None and last[0] == not_again and checkpoints.pass_over(last[0]):
-                last = checkpoints.last(_warn, patience_s=PATIENCE_S)
+                last = checkpoints.last(warn, patience_s=PATIENCE_S)
             if last is not None:
                 found[0], state = last
     except (ValueError, StorageAwayError) as error:
@@ -288,14 +317,14 @@ def last_state(checkpoints: Checkpoints | None, *, not_again: str | None = None)
     name = found[0]
     try:
         if name is not None and state is None:
-            state = patiently(lambda: checkpoints.read(name), _warn)
+            state = patiently(lambda: checkpoints.read(name), warn)
     except (ValueError, StorageAwayError) as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for each in problems:
         if each is not None:
-            raise UnreadableError(each)
+            raise UnavailableError(each)
     return None if name is None or state is None else (name, state)
 
 
@@ -307,7 +336,7 @@ def _how_it_goes_on(state: Mapping[str, Any] | None, world_size: int, mine: list
     return f"{'begins with' if state is None else 'goes on with'} {workers} at {place}; a step is {each} on the first"
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 

@@ -103,6 +103,7 @@ class Watch:
 
     def end_epoch(self, state: RunState) -> None:
         """After the epoch's evaluation: its state is kept, whatever the intervals. `DivergedError`, `StoppedError`."""
+        state.totals = None  # the epoch's are over, kept or not
         if self._num_high and state.position.epoch >= self._config.epochs:
             raise DivergedError.at(state.position, HIGH)
         request = Request(int(self._together([max(self._heard, self._outside.request())], state)[0]))

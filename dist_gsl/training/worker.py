@@ -20,7 +20,7 @@ from dist_gsl import data, storage
 from dist_gsl.config import RunConfig
 from dist_gsl.storage import StorageAwayError
 from dist_gsl.training import path, session
-from dist_gsl.training.checkpoint import PATIENCE_S, Checkpoints, NotWrittenError, patiently
+from dist_gsl.training.checkpoint import PATIENCE_S, Checkpoints, patiently
 from dist_gsl.training.loop import Progress
 from dist_gsl.training.session import Place
 from dist_gsl.training.state import RunState
@@ -91,6 +91,8 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
 
     def request() -> Request:
         is_leaving = preemption.is_new()  # asked in every process, whatever else there is: they come together for it
+        if is_leaving and is_first:
+            events.put_nowait(("note", "a machine of this run will be taken away, says Ray: its state is kept at once"))
         if is_first and ray.get(job["control"].is_stopped.remote()):
             return Request.STOP
         return Request.SAVE if is_leaving else Request.NONE
@@ -101,7 +103,7 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
         work(config, device, place)
     except StoppedError:  # as the driver asked
         return
-    except (CommonError, NotWrittenError) as error:  # what one process alone fails of is Ray's to hear, or the others would wait for it
+    except CommonError as error:  # what one process alone fails of is Ray's to hear, or the others would wait for it
         if is_first:
             events.put_nowait(("failed", str(error)))
 
@@ -114,7 +116,7 @@ def _begun_before(control: Any) -> bool:
 
 
 class _Preemption:
-    """Whether Ray says that a machine of this run will be taken away, told once. Ray starts the run anew when it is gone."""
+    """Whether Ray says that a machine of this run will be taken away, told once. Ray starts the workers anew when it is gone."""
 
     def __init__(self) -> None:
         self._was_told = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0"  # nobody watches

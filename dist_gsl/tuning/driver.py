@@ -69,6 +69,7 @@ def search(
     with launch.connected(base.workers):
         with Steps(console) as steps:
             neurons = launch.prepare(given, progress=steps)
+        paths.check_strengths(settings, points, neurons)
         widths = {layer.name: layer.num_neurons for layer in neurons}
         spaces.check(space, base, layers=list(widths), num_draws=0)
         with folder.locked(), launch.ray_cluster(base.workers, dashboard=True) as resources:
@@ -94,6 +95,10 @@ def search(
     return folder
 
 
+FREE = ("workers.", "train.checkpoint_", "train.on_divergence")
+"""Fields that may change when a search is gone on with: no number that training computes depends on them."""
+
+
 def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: bool) -> None:
     if not folder.settings_file.exists():
         if folder.path.exists() and any(path.name != ".lock" for path in folder.path.iterdir()):
@@ -113,7 +118,7 @@ def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: boo
             for key in ("searcher", "objective", "seed", "baseline", "path", *(["num_trials"] if now.path is not None else []))
         ),
         ("early stopping", before.stopping, now.stopping),
-        *((key, before.base.flat().get(key), value) for key, value in now.base.flat().items() if "workers." not in key),
+        *((key, before.base.flat().get(key), value) for key, value in now.base.flat().items() if not key.startswith(FREE)),
     ]
     for what, old, new in pairs:
         if old != new:

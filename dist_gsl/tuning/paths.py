@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dist_gsl import launch, report, runs
 from dist_gsl.config import RunConfig
 from dist_gsl.launch import Listener, Resources
+from dist_gsl.neurons import Neurons
+from dist_gsl.penalty import starting_betas
 from dist_gsl.report import NeuronLog
 from dist_gsl.runs import NEURON_LOG, Trained
 from dist_gsl.training.path import at_strength, strengths
@@ -47,42 +50,63 @@ def config_of(settings: SearchSettings, record: TrialRecord) -> RunConfig:
     return replace(base, penalty=at_strength(base.penalty, record.params[FIELD]), train=replace(base.train, epochs=epochs))
 
 
+def check_strengths(settings: SearchSettings, points: Sequence[float], neurons: Neurons) -> None:
+    """`ValueError` where one has no beta in absolute units, as one that needs more epochs than there are."""
+    train = settings.base.train
+    for value in points:
+        starting_betas(
+            at_strength(settings.base.penalty, value), neurons, steps_per_epoch=100,
+            learning_rate=lambda step: train.learning_rate_at(step, steps_per_epoch=100),
+        )  # fmt: skip
+
+
 def follow(conductor: Conductor, resources: Resources, points: Sequence[float]) -> None:
-    """Trains every point that is not done."""
+    """Trains every point that is not done. Their reports are made beside the training."""
     settings, folder = conductor.settings, conductor.folder
     assert settings.path is not None
     if not conductor.remaining:
         return
-    launch.follow(
-        settings.base, settings.path, points, folder=folder.path, file=folder.settings_file.name,
-        branches=[folder.trial(number) for number in conductor.numbers], resources=resources, listener=_Points(conductor, points),
-    )  # fmt: skip
+    with ThreadPoolExecutor(1, "reports") as reports:
+        told = _Points(conductor, points, reports)
+        try:
+            launch.follow(
+                settings.base, settings.path, points, folder=folder.path, file=folder.settings_file.name,
+                branches=[folder.trial(number) for number in conductor.numbers], resources=resources, listener=told,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            reports.shutdown(cancel_futures=True)
+            raise
+    for made in told.made:
+        made.result()
 
 
 class _Points(Listener):
     """Makes trials of what a path tells."""
 
-    def __init__(self, conductor: Conductor, points: Sequence[float]) -> None:
-        self.conductor, self.points = conductor, points
+    def __init__(self, conductor: Conductor, points: Sequence[float], reports: Executor) -> None:
+        self.conductor, self.points, self.reports = conductor, points, reports
         self.record: TrialRecord | None = None
         self.log = NeuronLog()
+        self.made: list[Future[None]] = []
+        self.trained: set[int] = set()
 
     def told(self, kind: str, number: int) -> None:
         conductor = self.conductor
         record = conductor.records.get(number) or TrialRecord(
             number, {FIELD: self.points[number - 1]} if number else {}, is_baseline=number == 0
         )
-        if record.is_done:  # told again by workers that were replaced
-            self.record = None
+        self.record = None
+        if record.is_done or number in self.trained:  # told again by workers that were replaced
             return
         if number not in conductor.trackers:
             conductor.start(record)
             file = conductor.folder.trial(number).path / NEURON_LOG
             self.log = NeuronLog.read(file) if file.exists() else NeuronLog()
-        self.record = record
         if kind == "trained":
-            self._finish(record)
-            self.record = None
+            self.trained.add(number)
+            self.made.append(self.reports.submit(self._finish, record))  # here, a signal would not be heard until it is made
+        else:
+            self.record = record
 
     def _finish(self, record: TrialRecord) -> None:
         folder = self.conductor.folder.trial(record.number)
@@ -91,7 +115,11 @@ class _Points(Listener):
         for epoch in history[self._first(record) :]:
             if not record.curve or epoch["epoch"] > record.curve[-1].epoch:
                 self.conductor.result(record.number, "epoch", epoch)
-        made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=shlex.join(self.conductor.command))
+        try:
+            made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=shlex.join(self.conductor.command))
+        except (RuntimeError, ValueError) as error:  # of this point alone; the path goes on
+            self.conductor.result(record.number, "failed", " ".join(str(error).split()))
+            return
         report.write(made, folder.path)
         self.conductor.result(record.number, "finished", {"summary": runs.summary(made), "latency_ms": None})
 
@@ -105,10 +133,16 @@ class _Points(Listener):
         if self.record is None:
             return
         self.log.append(record["epoch"], norms, masks)
-        self.log.write(self.conductor.folder.trial(self.record.number).path / NEURON_LOG)
+        try:
+            self.log.write(self.conductor.folder.trial(self.record.number).path / NEURON_LOG)
+        except OSError as error:  # what is told here is kept until the next time
+            self.warning(f"{error}; it is written again after the next epoch")
         self.conductor.result(self.record.number, "epoch", record)
+
+    def note(self, text: str) -> None:
+        if self.record is not None:
+            self.conductor.display.note(self.record, text)
 
     def warning(self, text: str) -> None:
         if self.record is not None:
             self.conductor.display.warning(self.record, text)
-

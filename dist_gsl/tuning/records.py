@@ -205,6 +205,8 @@ def find_trial(runs_dir: Path, name: str) -> RunFolder:
     folder = SearchFolder.existing(runs_dir / search).trial(int(number))
     if not folder.config_file.is_file():
         raise ValueError(f"--from-trial {name!r}: search {search!r} has no trial {int(number)}")
+    if SearchFolder.existing(runs_dir / search).settings().path is not None and load_trial(folder.path / TRIAL_FILE).status is not Status.FINISHED:
+        raise ValueError(f"--from-trial {name!r}: this point of a path is not finished; go on with the search by --resume first")
     return folder
 
 

@@ -19,7 +19,19 @@ import torch
 from dist_gsl.cli import main
 from dist_gsl.runs import RunFolder
 from dist_gsl.training.checkpoint import position_of
-from tests.distributed.namespaces import BIN, HEAD, JOBS, MLFLOW, WORKER, Host, Network, network, until, why_not
+from tests.distributed.namespaces import (
+    BIN,
+    HEAD,
+    JOBS,
+    MLFLOW,
+    RAY_PORT,
+    WORKER,
+    Host,
+    Network,
+    network,
+    until,
+    why_not,
+)
 
 NOT_HERE = why_not()
 pytestmark = [
@@ -158,6 +170,21 @@ def kill_a_node(net: Network) -> None:
     net.start_node(net.worker)
 
 
+def take_a_machine_away(net: Network) -> None:
+    """With notice, as clouds give it: the run keeps its state before the machine goes."""
+    code = f"from ray.util.state import list_nodes; print(*(n.node_id for n in list_nodes(address={JOBS!r}) if n.state == 'ALIVE' and n.node_ip == {WORKER!r}))"
+    node_id = net.run([BIN / "python", "-c", code]).stdout.split()[-1]
+    notice = net.run(
+        [BIN / "ray", "drain-node", "--address", f"{HEAD}:{RAY_PORT}", "--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+         "--reason-message", "test", "--deadline-remaining-seconds", "20"]
+    )  # fmt: skip
+    assert notice.returncode == 0, notice.stdout + notice.stderr
+    until(lambda: "a machine of this run will be taken away" in log(net, "disturbed"), seconds=60, name="the notice reaches the run")
+    net.worker.kill_all()
+    time.sleep(3)
+    net.start_node(net.worker)
+
+
 def cut_the_link(net: Network) -> None:
     """For longer than the cluster waits for a node."""
     net.cut(net.worker)
@@ -189,7 +216,7 @@ def disturbed(net: Network) -> Iterator[subprocess.Popen]:
         yield process
 
 
-@pytest.mark.parametrize("happens", [kill_a_worker, kill_a_node, cut_the_link, kill_the_driver])
+@pytest.mark.parametrize("happens", [kill_a_worker, kill_a_node, take_a_machine_away, cut_the_link, kill_the_driver])
 def test_a_run_goes_on_after(happens: Callable[[Network], None], net: Network, disturbed: subprocess.Popen) -> None:
     """By itself, from its last checkpoint: those who trained are gone, and more epochs follow."""
 

@@ -1,5 +1,7 @@
 """A regularisation path: one training, a network for each strength of the penalty, and as if nothing had been when it is interrupted."""
 
+import math
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +14,12 @@ import torch
 from dist_gsl import data
 from dist_gsl.config import RunConfig
 from dist_gsl.penalty import PenaltyConfig, PerLayer, starting_betas
-from dist_gsl.training import path
+from dist_gsl.training import loop, path
 from dist_gsl.training.checkpoint import Checkpoints
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.path import PathConfig, Report, at_strength, strengths
-from dist_gsl.training.session import Place, dry_build, shapes_of
+from dist_gsl.training.session import Place, UnavailableError, dry_build, shapes_of
+from dist_gsl.training.state import RunState
 from dist_gsl.training.watch import Request, StoppedError
 from tests.distributed.killed import config as digits_config
 
@@ -34,21 +37,21 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config() -> RunConfig:
-    made = digits_config()
+def config(**train: Any) -> RunConfig:
+    made = digits_config(**train)
     return replace(made, train=replace(made.train, shrink="epoch", checkpoint_steps=None))
 
 
 class Followed:
     """A path, what it told and what it left."""
 
-    def __init__(self, directory: Path, folder: Path, request: Callable[[], Request] = lambda: Request.NONE) -> None:
+    def __init__(self, directory: Path, folder: Path, request: Callable[[], Request] = lambda: Request.NONE, **train: Any) -> None:
         self.told: list[tuple[str, int]] = []
         self.epochs: list[int] = []
         self.folder, self.is_stopped = folder, False
         try:
             path.follow(
-                config(), PARTS, VALUES, data_dir=directory, device=torch.device("cpu"), trunk=Checkpoints(folder / "path"),
+                config(**train), PARTS, VALUES, data_dir=directory, device=torch.device("cpu"), trunk=Checkpoints(folder / "path"),
                 branches=self.branch, place=Place(request=request, on_epoch=lambda state, record: self.epochs.append(record["epoch"])),
                 report=Report(lambda number: self.told.append(("begun", number)), lambda number: self.told.append(("trained", number))),
             )  # fmt: skip
@@ -130,6 +133,54 @@ def test_interrupted_it_ends_as_if_nothing_had_been(question: int, whole: Follow
     for number in (0, 1, 2):
         assert same(again.state(number), whole.state(number)), number
     assert Followed(digits, tmp_path).epochs == []  # all is there
+
+
+def test_where_it_diverges_it_goes_back_within_its_part(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first steps of a branch, and of a part of the trunk: neither the beginning nor another strength is gone back to."""
+    original, count, betas = loop.train_step, 0, list[dict[str, float]]()
+
+    def spoilt(state: RunState, train: TrainConfig, batch: Any) -> torch.Tensor:
+        nonlocal count
+        totals = original(state, train, batch)
+        count += 1
+        betas.append(state.betas)
+        if count in (36, 55):  # of 16 steps an epoch: the fourth step of the dense branch, the second of the first strength
+            with torch.no_grad():
+                next(state.model.parameters()).view(-1)[0] = math.nan
+        return totals
+
+    monkeypatch.setattr(loop, "train_step", spoilt)
+    monkeypatch.setattr("dist_gsl.training.watch.LOOK_S", 0.0)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        followed = Followed(digits, tmp_path, on_divergence="back")
+    texts = [str(each.message) for each in warned if "back to" in str(each.message)]
+    assert len(texts) == 2
+    assert all("back to epoch 2, step 0, with 0.5 of the learning rate" in text for text in texts), texts
+    assert followed.told[-1] == ("trained", 2)
+    for number in (0, 1, 2):
+        assert [row["epoch"] for row in followed.state(number)["history"]] == list(range(1, 4 + number))
+    begun = 32 + 5 + 16  # steps before the first strength, those counted that were made twice: it is seen a step later
+    assert not any(betas[begun - 1].values())
+    assert all(betas[begun].values())
+    assert betas[begun] == betas[begun + 3] == betas[begun + 3 + 15]  # three steps, then back
+
+
+def test_a_network_that_is_gone_cannot_be_made_again(whole: Followed, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "1")
+    with pytest.raises(UnavailableError, match="/1 is gone, and the path is beyond it: start a new search"):
+        Followed(digits, tmp_path / "copy")
+
+
+def test_a_damaged_network_is_finished_again(whole: Followed, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "1" / "epoch-0004" / "state.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="epoch-0004: damaged"):
+        again = Followed(digits, tmp_path / "copy")
+    assert again.epochs == [4]
+    assert same(again.state(1), whole.state(1))
 
 
 def test_strengths_rise_by_the_same_factor() -> None:
