@@ -7,6 +7,9 @@ SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo p
 SYSTEM_PACKAGES += $(shell $(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || echo python3-dev)
 # What the slow tests talk to: a real database and a real browser.
 TEST_PACKAGES := postgresql chromium
+# Files of tests go to so many processes: much of their time is Ray starting and hosts being missed, which needs no core.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 RUNS ?= runs
 DEMO ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -29,11 +32,11 @@ seeds: setup ## the README's three seeds of the demo and of the digits, on the t
 	sh benchmarks/seeds.sh $(RUNS)
 
 test: setup ## the fast tests, 15 minutes at most
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: setup ## whole zoo, every recipe, faults, searches, database, browser: 40 minutes at most
 	sh docker/system-packages.sh $(TEST_PACKAGES)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow --durations 15
 
 lint: setup ## ruff, and which module may import which
 	$(BIN)/ruff check .
