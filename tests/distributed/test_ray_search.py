@@ -29,7 +29,7 @@ CHROMIUM = [  # no sandbox for root, no calls home
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 
-FAULTY = '''"""A grid in which some trials fail."""
+FAULTY = '''"""A grid in which some trials fail; of one worker each, so that two run side by side."""
 from dataclasses import replace
 from dist_gsl.recipes import find
 from dist_gsl.tuning import Choice
@@ -39,7 +39,7 @@ def base():
     return replace(
         digits, network=replace(digits.network, batch_norm=False),
         penalty=replace(digits.penalty, beta_schedule=replace(digits.penalty.beta_schedule, start=0.0, end=2.0)),
-        train=replace(digits.train, epochs=2, warmup_epochs=0.0), workers=replace(digits.workers, max_failures=0),
+        train=replace(digits.train, epochs=2, warmup_epochs=0.0), workers=replace(digits.workers, num=1, max_failures=0),
     )
 
 def space():
