@@ -28,6 +28,9 @@ _torch_threads = torch.get_num_threads()  # importing ffcv sets it to 1
 # ffcv keeps the numbers of two image modes in one of numba's dictionaries, which only Python reads: compiling it took
 # five seconds of every process that was started.
 _typed_dict, numba.typed.Dict = numba.typed.Dict, dict
+# Importing ffcv starts numba's threads, which nobody needs here. Those of TBB wait for ever when a process ends that has one core and has
+# started another by fork: the task that they wait for was lost with their pool.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
 
 from ffcv.fields import FloatField, IntField, NDArrayField, RGBImageField
 from ffcv.fields.base import Field

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -527,3 +529,12 @@ def test_arrays_of_another_size_are_refused(chars_dir: Path, tmp_path: Path, siz
     for verify in (True, False):
         with pytest.raises(data.DataError, match=r"image 3 of .* its size is not"):
             Loader(path, batch_size=4, train=False, verify=verify)
+
+
+def test_a_process_of_one_core_comes_to_its_end() -> None:
+    """FFCV's numba may start threads of TBB, whose pool is lost where a process forks: with one core nobody is left to end it."""
+    code = (
+        "import os, subprocess; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import dist_gsl.data._ffcv\n"
+        "subprocess.run(['true'], preexec_fn=lambda: None)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
