@@ -137,10 +137,11 @@ class SearchDisplay:
         self._say(f"trial {trial.number}: {trial.status.value}" + (f": {trial.reason}" if trial.reason else ""))
         self._move()
 
-    def note(self, trial: TrialRecord, text: str) -> None:
-        self._say(f"trial {trial.number}: {text}")
+    def note(self, trial: TrialRecord | None, text: str) -> None:
+        """None: of no trial alone."""
+        self._say(text if trial is None else f"trial {trial.number}: {text}")
 
-    def warning(self, trial: TrialRecord, text: str) -> None:
+    def warning(self, trial: TrialRecord | None, text: str) -> None:
         self.note(trial, f"warning: {text}")
 
     def _say(self, text: str) -> None:

@@ -46,11 +46,17 @@ class _Recorder(Listener):
         self.tracker.epoch(record)
         self.log.append(record["epoch"], norms, masks)
         try:
-            self.folder.save_mlflow_run_id(self.tracker.run_id)  # the store may not have been there at the beginning
-            self.log.write(self.log_file)
-            self.folder.push()
+            self.write()
         except OSError as error:  # a full disk, a storage that is away: what is told here is kept until the next time
             self.display.warning(f"{error}; it is written again after the next epoch")
+
+    def back(self, epoch: int) -> None:
+        self.tracker.back(epoch)
+
+    def write(self) -> None:
+        self.folder.save_mlflow_run_id(self.tracker.run_id)  # the store may not have been there at the beginning
+        self.log.write(self.log_file)
+        self.folder.push()
 
 
 def is_begun(runs_dir: Path, name: str) -> bool:
@@ -200,6 +206,7 @@ def _train_and_report(
                 if recorder.log_file.exists():
                     recorder.log = NeuronLog.read(recorder.log_file)
                 launch.train(config, folder, resources, listener=recorder)
+                recorder.write()  # the last epoch may not have found room
             if not folder.is_finished:
                 raise RuntimeError(f"run {folder.name!r}: the workers ended before its last epoch; `--resume` goes on from the last checkpoint")
         made = report_run(folder, baseline=baseline, recipe=recipe, command=command, console=console, tracker=tracker)

@@ -33,6 +33,9 @@ class Listener:
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         """After each epoch: the record, each layer's neuron norms and which are alive (numpy, (neurons,))."""
 
+    def back(self, epoch: int) -> None:
+        """The training went back to after this epoch: what was told of later ones holds no more."""
+
     def told(self, kind: str, number: int) -> None:
         """Of a path: the strength `number` is "begun", or its network is "trained"."""
 
@@ -128,8 +131,9 @@ def connected(workers: WorkersConfig) -> Iterator[None]:
         yield
 
 
-def _resources(workers: WorkersConfig) -> Resources:
-    nodes = _nodes()
+def _resources(workers: WorkersConfig, nodes: Sequence[Mapping[str, float]] | None = None) -> Resources:
+    """`ValueError` where the nodes, those of the cluster and of its autoscaler if none are given, do not hold the workers."""
+    nodes = _nodes() if nodes is None else nodes
     slots = sum(int(node.get("CPU", 0) // workers.cpus) for node in nodes)  # a worker lies on one node
     if slots < workers.fewest:
         available = sum(node.get("CPU", 0) for node in nodes)
@@ -145,10 +149,14 @@ def _resources(workers: WorkersConfig) -> Resources:
 
 def _nodes() -> list[Mapping[str, float]]:
     """What each node has, and each that an autoscaler could start."""
+    nodes = _alive_nodes()
+    return nodes + autoscaled(nodes, os.environ.get("DIST_GSL_AUTOSCALES", ""))
+
+
+def _alive_nodes() -> list[Mapping[str, float]]:
     import ray
 
-    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return nodes + autoscaled(nodes, os.environ.get("DIST_GSL_AUTOSCALES", ""))
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def autoscaled(nodes: Sequence[Mapping[str, float]], text: str) -> list[Mapping[str, float]]:
@@ -284,9 +292,10 @@ def _launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], confi
             ),
         ),
     )  # fmt: skip
+    shortage = _Shortage(replace(config.workers, gpu=resources.gpu)) if is_elastic else None
     try:
         with _environment(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=str(wait_s)):
-            failure = _fit(trainer, events, listener, lambda: ray.get(control.stop.remote()))
+            failure = _fit(trainer, events, listener, lambda: ray.get(control.stop.remote()), shortage)
     except TrainingFailedError as error:
         raise RuntimeError(_reason(error)) from error
     except ray.exceptions.RayError as error:
@@ -296,6 +305,35 @@ def _launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], confi
         ray.kill(control)
     if failure is not None:
         raise RuntimeError(failure)
+
+
+class _Shortage:
+    """Too few machines for a run that uses what is there: Ray waits for them for ever, and says nothing."""
+
+    def __init__(self, workers: WorkersConfig) -> None:
+        self.workers = workers
+        self._since: float | None = None
+        self._looked_at = 0.0
+
+    def look(self, listener: Listener) -> None:
+        """Called often. The listener hears of it once each time; `RuntimeError` after workers.start_timeout."""
+        now = time.monotonic()
+        if now - self._looked_at < SHORTAGE_EVERY_S:
+            return
+        self._looked_at = now
+        try:
+            _resources(self.workers, _alive_nodes())
+        except ValueError as error:
+            if self._since is None:
+                self._since = now
+                listener.warning(f"{error}; it waits for machines, {self.workers.start_timeout:g} s at most")
+            if now - self._since > self.workers.start_timeout:
+                raise RuntimeError(f"{error}; no machine came within {self.workers.start_timeout:g} s. `--resume` goes on") from error
+        else:
+            self._since = None
+
+
+SHORTAGE_EVERY_S = 10.0
 
 
 class Control:
@@ -333,7 +371,7 @@ STOP_GRACE_S = 25.0
 """Time that the workers have to keep their state after somebody asked the run to end; Slurm and Kubernetes kill after 30 s."""
 
 
-def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], object]) -> str | None:
+def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], object], shortage: _Shortage | None = None) -> str | None:
     """Trains, and hands every event to the listener as it comes; what the workers gave up on, if they did.
 
     Training runs on the side: on the main thread Ray would take Ctrl-C for itself, and the listener would come late. The first Ctrl-C or
@@ -342,7 +380,7 @@ def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], objec
     from ray.util.queue import Empty
 
     outcome: list[BaseException] = []
-    failure, deadline = None, math.inf
+    failure, is_told = None, False
 
     def fit() -> None:
         try:
@@ -352,14 +390,13 @@ def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], objec
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    with _postponed_signals() as signals:
+    with _postponed_signals(stop) as signals:
         while True:
             is_over = not thread.is_alive()  # asked before the queue, so that nothing is left in it afterwards
-            if signals and deadline == math.inf:
-                deadline = time.monotonic() + STOP_GRACE_S
-                stop()
+            if signals and not is_told:
+                is_told = True
                 listener.warning("the workers keep their state and end; Ctrl-C once more ends at once")
-            if time.monotonic() > deadline:
+            if signals and not is_over and time.monotonic() > signals[0] + STOP_GRACE_S:
                 listener.warning(f"the workers did not end within {STOP_GRACE_S:g} s; the checkpoint before is the last")
                 break
             try:
@@ -367,6 +404,8 @@ def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], objec
             except Empty:
                 if is_over:
                     break
+                if shortage is not None:
+                    shortage.look(listener)
                 continue
             if kind == "progress":
                 p = content[0]
@@ -377,6 +416,8 @@ def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], objec
                 listener.told(*content)
             elif kind == "note":
                 listener.note(*content)
+            elif kind == "back":
+                listener.back(*content)
             elif kind == "begun":
                 failure = None  # of workers that were replaced
             elif kind == "failed":
@@ -389,33 +430,38 @@ def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], objec
 
 
 @contextmanager
-def _postponed_signals() -> Iterator[list[int]]:
-    """A list to which the first SIGINT or SIGTERM is added; its handler is called at the end, or at the second signal. On another thread than
-    the main one signals are not ours."""
+def _postponed_signals(first: Callable[[], object]) -> Iterator[list[float]]:
+    """At the first SIGINT or SIGTERM `first` is called, on a thread of its own as the main one may be waiting for somebody, and the time is
+    added to the list; the signal's handler is called at the end, or at the second signal. On another thread than the main one signals are not
+    ours."""
+    times: list[float] = []
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield arrived
+        yield times
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:
         arrived.append(number)
+        times.append(time.monotonic())
         handler = handlers[signal.Signals(number)]
-        if len(arrived) > 1 and callable(handler):
+        if len(arrived) == 1:
+            threading.Thread(target=first, name="stop", daemon=True).start()
+        elif callable(handler):
             handler(number, frame)
 
     noted = [number for number, handler in handlers.items() if callable(handler)]
     for number in noted:
         signal.signal(number, note)
     try:
-        yield arrived
+        yield times
     finally:
         for number in noted:
             signal.signal(number, handlers[number])
-    for first in arrived[:1]:
-        handler = handlers[signal.Signals(first)]
+    for signalled in arrived[:1]:
+        handler = handlers[signal.Signals(signalled)]
         assert callable(handler)
-        handler(first, None)
+        handler(signalled, None)
 
 
 def _reason(error: BaseException) -> str:

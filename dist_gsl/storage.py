@@ -6,6 +6,7 @@ date, `push` sends what has changed. For a folder that is a path to begin with, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,14 @@ class StorageError(ValueError):
 
 class StorageAwayError(OSError):
     """The storage does not do what it was asked for, now: it may well do it later. One line."""
+
+
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EBUSY}
+
+
+def may_pass(error: OSError) -> bool:
+    """Is it a storage that is away, a full disk, one that may not be written to now? Not a file that is not there."""
+    return isinstance(error, StorageAwayError) or error.errno in PASSING
 
 
 def is_uri(text: str) -> bool:

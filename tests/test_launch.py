@@ -9,6 +9,7 @@ import pytest
 from ray.util.queue import Empty
 
 from dist_gsl import launch
+from dist_gsl.training.config import WorkersConfig
 
 
 class AskedToEndError(Exception):
@@ -33,11 +34,13 @@ def handled() -> Iterator[list[int]]:
 def send(*numbers: int) -> list[str]:
     """Signals sent to this process within the context; what happened, in order."""
     happened: list[str] = []
+    asked = threading.Event()
     try:
-        with launch._postponed_signals() as signals:
+        with launch._postponed_signals(asked.set) as times:
             for number in numbers:
                 os.kill(os.getpid(), number)
-                happened.append(f"after {signals}")
+                happened.append(f"{len(times)} after {number}")
+                assert asked.wait(30)
     except AskedToEndError:
         happened.append("handled")
     return happened
@@ -69,31 +72,79 @@ def test_what_failed_workers_said_is_forgotten_when_others_began() -> None:
     assert outcome(("begun",), ("failed", "no room"), ("begun",), ("note", "on")) is None
 
 
+def test_who_asks_for_the_end_does_not_wait_for_what_is_told(handled: list[int]) -> None:
+    """A tracking server that does not answer, say."""
+    stopped = threading.Event()
+
+    class Slow(launch.Listener):
+        def note(self, text: str) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped.wait(30)
+
+    happening = Happening(("note", "an epoch"))
+    with pytest.raises(AskedToEndError):
+        launch._fit(happening, happening, Slow(), stopped.set)
+
+
+class Told(launch.Listener):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_too_few_machines_are_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SHORTAGE_EVERY_S", 0.0)
+    nodes = [{"CPU": 4.0}]
+    monkeypatch.setattr(launch, "_alive_nodes", lambda: nodes)
+    told, shortage = Told(), launch._Shortage(WorkersConfig(num=8, min=2, cpus=2, gpu=False, start_timeout=100.0))
+    shortage.look(told)
+    assert told.warnings == []
+    nodes[0]["CPU"] = 2.0
+    shortage.look(told)
+    shortage.look(told)
+    (warning,) = told.warnings
+    assert warning.startswith("workers: 2 workers need 4 CPUs, the cluster has 2; lower --workers.min")
+    assert warning.endswith("it waits for machines, 100 s at most")
+    now = launch.time.monotonic()
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now + 50)
+    shortage.look(told)
+    nodes[0]["CPU"] = 4.0
+    shortage.look(told)
+    nodes[0]["CPU"] = 2.0
+    shortage.look(told)
+    assert len(told.warnings) == 2
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now + 151)
+    with pytest.raises(RuntimeError, match=r"no machine came within 100 s. `--resume` goes on"):
+        shortage.look(told)
+
+
 @pytest.mark.parametrize("number", [int(signal.SIGINT), int(signal.SIGTERM)])
 def test_the_first_signal_waits_for_the_end(number: int, handled: list[int]) -> None:
-    assert send(number) == [f"after [{number}]", "handled"]
+    assert send(number) == [f"1 after {number}", "handled"]
     assert handled == [number]
 
 
 def test_the_second_does_not_wait(handled: list[int]) -> None:
     first, second = int(signal.SIGTERM), int(signal.SIGINT)
-    assert send(first, second) == [f"after [{first}]", "handled"]
+    assert send(first, second) == [f"1 after {first}", "handled"]
     assert handled == [second]
 
 
 def test_signals_are_as_before_when_nothing_came(handled: list[int]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with launch._postponed_signals() as signals:
+    with launch._postponed_signals(lambda: None) as times:
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
-    assert (signals, handled) == ([], [])
+    assert (times, handled) == ([], [])
 
 
 def test_on_another_thread_signals_are_left_alone(handled: list[int]) -> None:
     before, inside = signal.getsignal(signal.SIGTERM), list[object]()
 
     def other() -> None:
-        with launch._postponed_signals():
+        with launch._postponed_signals(lambda: None):
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=other)

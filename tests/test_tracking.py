@@ -435,6 +435,19 @@ def test_an_epoch_is_in_the_store_once(runs_dir: Path) -> None:
     assert recorded(runs_dir, run_id).data.metrics["final_top1"] == 5.0
 
 
+def test_epochs_of_a_course_that_was_left_are_told_again(runs_dir: Path) -> None:
+    tracker, run_id = started(runs_dir)
+    for epoch, loss in ((1, 3.0), (2, 9.0), (3, 99.0)):
+        tracker.epoch({"epoch": epoch, "train_loss": loss, "alive": {}})
+    tracker.back(1)
+    for epoch, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
+        tracker.epoch({"epoch": epoch, "train_loss": loss, "alive": {}})
+    tracker.end()
+    history = client(runs_dir).get_metric_history(run_id, "train_loss")
+    assert sorted((m.step, m.value) for m in history) == [(1, 3.0), (2, 2.0), (2, 9.0), (3, 1.0), (3, 99.0)]
+    assert recorded(runs_dir, run_id).data.metrics["train_loss"] == 1.0
+
+
 # --- whose file is the store?
 
 MOUNTS = """\

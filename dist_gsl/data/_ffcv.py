@@ -30,7 +30,8 @@ _torch_threads = torch.get_num_threads()  # importing ffcv sets it to 1
 _typed_dict, numba.typed.Dict = numba.typed.Dict, dict
 # Importing ffcv starts numba's threads, which nobody needs here. Those of TBB wait for ever when a process ends that has one core and has
 # started another by fork: the task that they wait for was lost with their pool.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
+_numba_config: Any = numba.config
+_numba_config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
 
 from ffcv.fields import FloatField, IntField, NDArrayField, RGBImageField
 from ffcv.fields.base import Field

@@ -42,6 +42,9 @@ class Tracker:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """The numbers of an epoch's record, once: an epoch that the store has is left as it is, whoever told of it."""
 
+    def back(self, epoch: int) -> None:
+        """The training went back to after this epoch: later ones that the store has are told again, and count as they are told then."""
+
     def summary(self, values: Mapping[str, float | None]) -> None:
         """The final numbers, under the same names in every run, for the store's compare view; None is left out."""
 

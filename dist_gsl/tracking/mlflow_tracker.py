@@ -141,14 +141,25 @@ class MlflowTracker(Tracker):
         send = _metrics_sender(epoch_metrics(record), step)
 
         def log(client: MlflowClient, run_id: str) -> None:
-            if self._epochs is None:
-                self._epochs = {metric.step for metric in client.get_metric_history(run_id, "epoch")}
-            if step not in self._epochs:
+            known = self._known_epochs(client, run_id)
+            if step not in known:
                 send(client, run_id)
-                self._epochs.add(step)
+                known.add(step)
 
         self._last_step = max(self._last_step, step)
         self._send(f"epoch {step}", log)
+
+    def back(self, epoch: int) -> None:
+        def forget(client: MlflowClient, run_id: str) -> None:
+            known = self._known_epochs(client, run_id)
+            known -= {step for step in known if step > epoch}
+
+        self._send(f"going back to epoch {epoch}", forget)
+
+    def _known_epochs(self, client: MlflowClient, run_id: str) -> set[int]:
+        if self._epochs is None:
+            self._epochs = {metric.step for metric in client.get_metric_history(run_id, "epoch")}
+        return self._epochs
 
     def summary(self, values: Mapping[str, float | None]) -> None:
         self.metrics(values, self._last_step)  # an earlier step would hide behind an epoch's metric of the same name

@@ -116,6 +116,8 @@ def load(path: str | Path) -> State:
     except (OSError, MemoryError):
         raise  # of this machine, not of the file
     except Exception as error:  # whatever a foreign file makes torch raise
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's own allocator says it so
+            raise MemoryError(str(error).splitlines()[0]) from error
         raise DamagedError(f"checkpoint {path}: not readable ({type(error).__name__}); it is another kind of file") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
@@ -286,13 +288,13 @@ def _oserror_as_away(folder: str) -> Iterator[None]:
 
 
 def patiently(do: Callable[[], T], warn: Callable[[str], None], *, patience_s: float = PATIENCE_S) -> T:
-    """What `do` gives, tried again while the storage is away. `StorageAwayError` when patience ends."""
+    """What `do` gives, tried again while the storage is away, or a disk full (see `storage.may_pass`). That `OSError` when patience ends."""
     end, pause_s = time.monotonic() + patience_s, 1.0
     while True:
         try:
             return do()
-        except StorageAwayError as error:
-            if time.monotonic() + pause_s > end:
+        except OSError as error:
+            if not storage.may_pass(error) or time.monotonic() + pause_s > end:
                 raise
             if pause_s == 1.0:
                 warn(f"{error}; it is tried again for {patience_s / 60:g} minutes")

@@ -78,7 +78,8 @@ def train(
         samples_before, seconds_before = float(totals[2]), state.seconds
         watch.begin_epoch(totals)
         began = time.perf_counter()
-        for step, batch in enumerate(training_data, start=start):
+        # A state that was kept before the epoch's evaluation has no step left.
+        for step, batch in enumerate(training_data if start < steps_per_epoch else (), start=start):
             learning_rate = config.learning_rate_at(epoch * steps_per_epoch + step, steps_per_epoch=steps_per_epoch)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate * state.rate_factor

@@ -127,6 +127,8 @@ class Place:
     checkpoints: Checkpoints | None = None
     on_epoch: Callable[[RunState, dict[str, Any]], None] = lambda state, record: None
     on_progress: Callable[[Progress], None] = lambda progress: None
+    on_back: Callable[[int], None] = lambda epoch: None
+    """Hears after which epoch a training goes on that went back to a checkpoint: what was told of later ones holds no more."""
     on_note: Callable[[str], None] = lambda text: None
     """Hears how it goes on from a checkpoint, and with how many processes where that may change."""
     request: Callable[[], Request] = lambda: Request.NONE
@@ -207,10 +209,14 @@ class Session:
                     )  # fmt: skip
                     break
                 except DivergedError as error:
-                    factor = run_state.rate_factor / 2
-                    if train.on_divergence == "stop" or factor < 0.5**MAX_RETURNS:
+                    if train.on_divergence == "stop":
                         raise
-                    problem = str(error).partition(";")[0]
+                    problem, factor = str(error).partition(";")[0], run_state.rate_factor / 2
+                    if factor < 0.5**MAX_RETURNS:
+                        raise DivergedError(
+                            f"{problem}, with {run_state.rate_factor:g} of the learning rate too; set a lower train.learning_rate or a "
+                            "train.max_grad_norm in a new run"
+                        ) from error
                 run_state.optimizer.detach()
                 del run_state
                 gc.collect()
@@ -223,6 +229,7 @@ class Session:
                 returned_to, state = (None, None) if last is None else last
                 if is_first:
                     at = Position() if state is None else Position(**state["position"])
+                    place.on_back(at.epoch)
                     warn(f"{problem}; back to epoch {at.epoch}, step {at.step}, with {factor:g} of the learning rate")
         except BaseException:
             if writer is not None:

@@ -53,8 +53,9 @@ class Rule:
         return (epoch_ends and self.epoch) or (not epoch_ends and every is not None and step % every == 0)
 
     def is_due(self, neurons: Neurons, *, epoch_ends: bool) -> bool:
-        """Whether enough died. The same in all processes once they agree on who did."""
-        if all(bool(layer.mask.all()) for layer in neurons):
+        """Whether enough died. The same in all processes once they agree on who did. Not where a layer has none left that no way leads around:
+        the output is constant then, and no smaller network would have it."""
+        if all(bool(layer.mask.all()) for layer in neurons) or any(not layer.bypassed and not bool(layer.mask.any()) for layer in neurons):
             return False
         return epoch_ends or self.percent is None or removable_percent(neurons) >= self.percent
 

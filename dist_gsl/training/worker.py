@@ -61,7 +61,7 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
 
     job: "config" (RunConfig as dict, its data.dir absolute), "folder" (a path or a URI), "file" (one in it), "checkpoints" (their folder),
     "control" (the driver's `launch.Control`), "events", a queue to the driver that gets ("progress", Progress),
-    ("epoch", record, norms, masks), ("note", text), ("warning", text), ("begun",) and ("failed", text) from rank 0.
+    ("epoch", record, norms, masks), ("back", epoch), ("note", text), ("warning", text), ("begun",) and ("failed", text) from rank 0.
     """
     config = RunConfig.from_dict(job["config"])
     rank = ray.train.get_context().get_world_rank()
@@ -98,7 +98,10 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
         return Request.SAVE if is_leaving else Request.NONE
 
     preemption = _Preemption()
-    place = Place(Checkpoints(job["checkpoints"]), on_epoch, on_progress, lambda text: events.put_nowait(("note", text)), request)
+    place = Place(
+        Checkpoints(job["checkpoints"]), on_epoch, on_progress, on_back=lambda epoch: events.put_nowait(("back", epoch)),
+        on_note=lambda text: events.put_nowait(("note", text)), request=request,
+    )  # fmt: skip
     try:
         work(config, device, place)
     except StoppedError:  # as the driver asked

@@ -10,6 +10,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dist_gsl.config import RunConfig
 from dist_gsl.display import SearchDisplay, Steps
 from dist_gsl.runs import NEURON_LOG, check_plain_name
 from dist_gsl.tracking import Tracker
+from dist_gsl.training.checkpoint import patiently
 from dist_gsl.tuning import paths, results, stopping
 from dist_gsl.tuning import space as spaces
 from dist_gsl.tuning.records import SearchFolder, SearchSettings, Status, TrialRecord, described, known_points
@@ -148,6 +150,8 @@ class Conductor:
         self.display = SearchDisplay(console, title=folder.name, num_trials=num, num_epochs=epochs, what=what)
         self.parent = self._tracker()
         self.trackers: dict[int, Tracker] = {}
+        self.unsaved: set[int] = set()
+        """Trials whose records found no room on the disk."""
 
     # --- begin and end
 
@@ -171,6 +175,8 @@ class Conductor:
 
     def end(self, status: tracking.Status) -> None:
         self.display.close()
+        for number in sorted(self.unsaved):
+            patiently(partial(self.folder.save, self.records[number]), partial(self.display.warning, self.records[number]))
         for number in list(self.trackers):  # those still running
             self.trackers.pop(number).end(tracking.Status.KILLED)
         if any(record.is_done for record in self.records.values()):
@@ -207,7 +213,7 @@ class Conductor:
         """Writes a trial down as begun, or as gone on with; None where its config cannot be and it has failed."""
         self.records[record.number] = record
         record.num_starts += 1
-        self.folder.save(record)
+        self._save(record)
         run_folder = self.folder.trial(record.number)
         tracker = self.trackers[record.number] = self._tracker()
         tags = {"kind": "trial", "trial": str(record.number)}
@@ -219,7 +225,7 @@ class Conductor:
             tracker.start(f"{self.folder.name}/{run_folder.name}", record.params, tags, run_id=record.mlflow_run_id)
             self.finish(record, Status.FAILED, str(error))
             return None
-        config.save(run_folder.config_file)
+        patiently(lambda: config.save(run_folder.config_file), lambda text: self.display.warning(record, text))
         params = config.flat() | config.effective()
         tracker.start(f"{self.folder.name}/{run_folder.name}", params, tags, run_id=record.mlflow_run_id)
         self._save(record)
@@ -236,11 +242,20 @@ class Conductor:
         return None if params is None else TrialRecord(number, params)
 
     def _save(self, record: TrialRecord) -> None:
-        """With the store's name for the run, which it may get late."""
+        """With the store's name for the run, which it may get late. What finds no room on the disk is written with the next."""
         tracker = self.trackers.get(record.number)
         if tracker is not None and tracker.run_id is not None:
             record.mlflow_run_id = tracker.run_id
-        self.folder.save(record)
+        for number in sorted({record.number, *self.unsaved}):
+            try:
+                self.folder.save(self.records[number])
+                self.unsaved.discard(number)
+            except OSError as error:
+                if not storage.may_pass(error):
+                    raise
+                if number not in self.unsaved:
+                    self.display.warning(record, f"{error}; it is written again after the next epoch")
+                self.unsaved.add(number)
 
     def config_of(self, record: TrialRecord) -> RunConfig:
         if self.settings.path is not None:
@@ -258,6 +273,8 @@ class Conductor:
             self.finish(record, Status.FAILED, content)
         elif kind == "warning":
             self.display.warning(record, content)
+        elif kind == "back":
+            self.trackers[number].back(content)
         elif kind == "epoch":
             return self._epoch(record, content)
         elif kind == "history":
@@ -281,7 +298,7 @@ class Conductor:
         moment = Moment(int(epoch["epoch"]), float(quality), 100.0 - float(epoch["all_neurons"]))
         # A trial that goes on from its checkpoint may tell an epoch twice.
         record.curve = [*(m for m in record.curve if m.epoch < moment.epoch), moment]
-        self.folder.save(record)  # first, as the store may take its time
+        self._save(record)  # first, as the store may take its time
         self.trackers[record.number].epoch(epoch)
 
     def _hopeless(self, record: TrialRecord, epoch: dict[str, Any]) -> str | None:

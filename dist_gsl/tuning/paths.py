@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import shlex
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dist_gsl import launch, report, runs
@@ -13,8 +15,9 @@ from dist_gsl.config import RunConfig
 from dist_gsl.launch import Listener, Resources
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import starting_betas
-from dist_gsl.report import NeuronLog
+from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, Trained
+from dist_gsl.training.checkpoint import patiently
 from dist_gsl.training.path import at_strength, strengths
 from dist_gsl.tuning.records import SearchSettings, TrialRecord
 from dist_gsl.tuning.space import Float, Space
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 FIELD = "penalty.beta.rest"
 """What rises along a path."""
+LEAVE_S = 3.0
+"""How long a search that ends waits for a report that is being made."""
 
 
 def values(settings: SearchSettings, space: Space) -> list[float]:
@@ -66,28 +71,60 @@ def follow(conductor: Conductor, resources: Resources, points: Sequence[float]) 
     assert settings.path is not None
     if not conductor.remaining:
         return
-    with ThreadPoolExecutor(1, "reports") as reports:
-        told = _Points(conductor, points, reports)
-        try:
-            launch.follow(
-                settings.base, settings.path, points, folder=folder.path, file=folder.settings_file.name,
-                branches=[folder.trial(number) for number in conductor.numbers], resources=resources, listener=told,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            reports.shutdown(cancel_futures=True)
-            raise
-    for made in told.made:
-        made.result()
+    reports = _Reports()
+    try:
+        launch.follow(
+            settings.base, settings.path, points, folder=folder.path, file=folder.settings_file.name,
+            branches=[folder.trial(number) for number in conductor.numbers], resources=resources, listener=_Points(conductor, points, reports),
+        )  # fmt: skip
+        reports.finish()
+    finally:
+        reports.leave()
+
+
+class _Reports:
+    """Makes reports beside the training. One that is being made when the search is to end is left: it is made when that goes on."""
+
+    def __init__(self) -> None:
+        self.is_left = False
+        self._problem: BaseException | None = None
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        # Not of a pool, whose threads a program waits for when it ends.
+        self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
+        self._thread.start()
+
+    def add(self, job: Callable[[], object]) -> None:
+        self._jobs.put(job)
+
+    def finish(self) -> None:
+        """Waits for all. Raises what one of them raised."""
+        self._jobs.put(None)
+        while self._thread.is_alive():  # a wait without an end hears no Ctrl-C
+            self._thread.join(0.5)
+        if self._problem is not None:
+            raise self._problem
+
+    def leave(self) -> None:
+        self.is_left = True
+        self._jobs.put(None)
+        self._thread.join(LEAVE_S)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None and not self.is_left:
+            try:
+                job()
+            except BaseException as error:
+                if not self.is_left:  # then nobody is there to take it
+                    self._problem = self._problem or error
 
 
 class _Points(Listener):
     """Makes trials of what a path tells."""
 
-    def __init__(self, conductor: Conductor, points: Sequence[float], reports: Executor) -> None:
+    def __init__(self, conductor: Conductor, points: Sequence[float], reports: _Reports) -> None:
         self.conductor, self.points, self.reports = conductor, points, reports
         self.record: TrialRecord | None = None
         self.log = NeuronLog()
-        self.made: list[Future[None]] = []
         self.trained: set[int] = set()
 
     def told(self, kind: str, number: int) -> None:
@@ -104,24 +141,36 @@ class _Points(Listener):
             self.log = NeuronLog.read(file) if file.exists() else NeuronLog()
         if kind == "trained":
             self.trained.add(number)
-            self.made.append(self.reports.submit(self._finish, record))  # here, a signal would not be heard until it is made
+            self.reports.add(partial(self._finish, record, self.log))  # here, a signal would not be heard until it is made
         else:
             self.record = record
 
-    def _finish(self, record: TrialRecord) -> None:
+    def _finish(self, record: TrialRecord, log: NeuronLog) -> None:
         folder = self.conductor.folder.trial(record.number)
-        history = folder.state()["history"]
+
+        def warn(text: str) -> None:
+            self.conductor.display.warning(record, text)
+
+        history = patiently(folder.state, warn)["history"]
         # An interrupted search may have trained what it had no time to tell.
         for epoch in history[self._first(record) :]:
             if not record.curve or epoch["epoch"] > record.curve[-1].epoch:
                 self.conductor.result(record.number, "epoch", epoch)
-        try:
+
+        def reported() -> Report:
+            if log.records:  # what was trained before this start has its log
+                log.write(folder.path / NEURON_LOG)
             made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=shlex.join(self.conductor.command))
+            report.write(made, folder.path)
+            return made
+
+        try:
+            made = patiently(reported, warn)
         except (RuntimeError, ValueError) as error:  # of this point alone; the path goes on
             self.conductor.result(record.number, "failed", " ".join(str(error).split()))
             return
-        report.write(made, folder.path)
-        self.conductor.result(record.number, "finished", {"summary": runs.summary(made), "latency_ms": None})
+        if not self.reports.is_left:
+            self.conductor.result(record.number, "finished", {"summary": runs.summary(made), "latency_ms": None})
 
     def _first(self, record: TrialRecord) -> int:
         """Epochs of the record's lineage that belong to points before it."""
@@ -139,10 +188,12 @@ class _Points(Listener):
             self.warning(f"{error}; it is written again after the next epoch")
         self.conductor.result(self.record.number, "epoch", record)
 
-    def note(self, text: str) -> None:
+    def back(self, epoch: int) -> None:
         if self.record is not None:
-            self.conductor.display.note(self.record, text)
+            self.conductor.result(self.record.number, "back", epoch)
+
+    def note(self, text: str) -> None:
+        self.conductor.display.note(self.record, text)
 
     def warning(self, text: str) -> None:
-        if self.record is not None:
-            self.conductor.display.warning(self.record, text)
+        self.conductor.display.warning(self.record, text)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from ray.exceptions import RayError
 
-from dist_gsl import artifact, data, launch, report, runs, timing
+from dist_gsl import artifact, data, launch, report, runs, storage, timing
 from dist_gsl.config import RunConfig
 from dist_gsl.launch import Listener
-from dist_gsl.report import NeuronLog
+from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
 from dist_gsl.training import session
+from dist_gsl.training.checkpoint import patiently
 
 TOLD = "told"
 """The one key of a trial's results: [kind, content]. A list, as Tune takes dicts apart."""
@@ -32,8 +33,14 @@ class _ToTune(Listener):
 
     def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
         self.log.append(record["epoch"], norms, masks)
-        self.log.write(self.log_file)
+        try:
+            self.log.write(self.log_file)
+        except OSError as error:  # a full disk, a storage that is away: what is told here is kept until the next time
+            self.warning(f"{error}; it is written again after the next epoch")
         _tell("epoch", record)
+
+    def back(self, epoch: int) -> None:
+        _tell("back", epoch)
 
 
 def _tell(kind: str, content: Any) -> None:
@@ -47,8 +54,8 @@ def run_trial(job: dict[str, Any]) -> None:
     dead neurons, and reports.
 
     job: "number", "config" (RunConfig as dict), "folder", "gpu", "latency" (measure it?). It tells "epoch" with the epoch's
-    record, "history" with those of the checkpoint it goes on from, "warning" with its text, and at the end "finished" with
-    {"summary", "latency_ms"}, or "failed" with the reason.
+    record, "history" with those of the checkpoint it goes on from, "back" with the epoch that it went back to, "warning" with its text, and
+    at the end "finished" with {"summary", "latency_ms"}, or "failed" with the reason. `OSError` where a disk or storage fails for minutes.
     """
     folder, config = RunFolder(Path(job["folder"])), RunConfig.from_dict(job["config"])
     # Ray gives a process that reserves no CPU a single thread; removal and proof may use what a worker has.
@@ -61,12 +68,20 @@ def run_trial(job: dict[str, Any]) -> None:
         if state is None or state["position"]["epoch"] < config.train.epochs:
             # Refused here, what the config alone is wrong about does not fail in the workers again and again.
             session.dry_build(config, session.shapes_of(config, data.dataset_info(data.prepare(config.data))))
-            launch.train(config, folder, resources, listener=_ToTune(folder))
-        made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=job["command"])
-        report.write(made, folder.path)
+            listener = _ToTune(folder)
+            launch.train(config, folder, resources, listener=listener)
+            patiently(lambda: listener.log.write(listener.log_file), listener.warning)  # the last epoch may not have found room
+
+        def reported() -> Report:
+            made, _ = runs.make_report(Trained.load(folder), baseline=None, run_time=False, command=job["command"])
+            report.write(made, folder.path)
+            return made
+
+        made = patiently(reported, lambda text: _tell("warning", text))
         latency = measure_latency(folder) if job["latency"] else None
     except Exception as error:  # whatever it is, it ends this trial and not the search; the driver shows it
-        if isinstance(error.__cause__, RayError):  # of the cluster and not of the trial: Tune tries again
+        is_of_the_disk = isinstance(error, OSError) and storage.may_pass(error)
+        if is_of_the_disk or isinstance(error.__cause__, RayError):  # not of the trial: Tune tries again
             raise
         _tell("failed", " ".join(f"{_kind(error)}{error}".split()))
         return

@@ -181,7 +181,8 @@ def test_one_that_cannot_be_read_is_passed_over_when_patience_ends(tmp_path: Pat
 
 def test_no_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Checkpoints(tmp_path).write(state_at(1))
-    for error in (MemoryError(), OSError(5, "Input/output error")):
+    of_torch = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    for error in (MemoryError(), of_torch, OSError(5, "Input/output error")):
         with monkeypatch.context() as patch:
 
             def fails(*_: object, error: Exception = error, **__: object) -> None:

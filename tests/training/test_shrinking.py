@@ -45,6 +45,17 @@ def same_course(shrink: str, **options: Any) -> Course:
     return small
 
 
+def test_a_layer_that_is_all_dead_stays() -> None:
+    """As the output is constant, and no smaller network would have it; with min_alive 0."""
+    state, _ = trained()
+    rule = Rule.parse("epoch")
+    state.neurons.zero_({"features.conv1v": [0]})
+    assert rule.is_due(state.neurons, epoch_ends=True)
+    layer = state.neurons["features.conv2h"]
+    state.neurons.zero_({layer.name: range(layer.num_neurons)})
+    assert not rule.is_due(state.neurons, epoch_ends=True)
+
+
 NEVER_SEEN = "ignore:layer .* would kill every neuron"
 
 

@@ -89,6 +89,30 @@ def test_asked_to_end_it_keeps_the_state_and_goes_on_from_there() -> None:
         assert [record[key] for record in rest] == [record[key] for record in records[1:]]
 
 
+def test_asked_at_an_epochs_last_step_it_does_not_wait_for_the_evaluation() -> None:
+    kept = Kept(request=Asked(Request.STOP, 2))  # the first question is after the first step
+    assert isinstance(kept.error, StoppedError)
+    assert kept.places == [(0, 6, True)]
+    whole, records = trained(NO_TIME)
+    resumed, again = trained(NO_TIME, state=kept.states[-1])
+    assert equal(whole, resumed)
+    assert [_without_times(record) for record in again] == [_without_times(record) for record in records]
+
+
+def _without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+
+
+def test_before_a_long_evaluation_the_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_gsl.training.watch.LONG_EVALUATION_S", -1.0)
+    kept = Kept()
+    assert kept.places[:4] == [(0, 6, False), (1, 0, False), (1, 6, False), (2, 0, False)]
+    whole, _ = trained(NO_TIME)
+    resumed, rest = trained(NO_TIME, state=kept.states[2])
+    assert equal(whole, resumed)
+    assert [record["epoch"] for record in rest] == [2, 3, 4]
+
+
 @pytest.mark.usefixtures("look_after_every_step")
 def test_asked_to_keep_the_state_it_goes_on() -> None:
     kept = Kept(request=Asked(Request.SAVE, 2))
@@ -197,8 +221,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, directory: Path, **train: Any) -> RunState:
     config: RunConfig = digits_config(**train)
     return session.run(
-        config, data_dir=directory, device=torch.device("cpu"), place=session.Place(Checkpoints(folder))
+        config, data_dir=directory, device=torch.device("cpu"), place=session.Place(Checkpoints(folder), on_back=BACK.append)
     )
+
+
+BACK: list[int] = []
+"""Epochs that trainings went back to."""
 
 
 # Of one channel, where strides mean nothing; and a penalty so strong that the test is short.
@@ -208,8 +236,10 @@ EXPECTED = ("ignore:Grad strides do not match", "ignore:layer .* would kill ever
 @pytest.mark.filterwarnings(*EXPECTED)
 def test_back_to_the_last_checkpoint_with_a_smaller_step(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = spoil_at(monkeypatch, epoch=1, step=7)
+    BACK.clear()
     with pytest.warns(UserWarning, match=r"not finite in epoch 2, step 8; back to epoch 1, step 4, with 0\.5 of the learning rate"):
         state = run(tmp_path / "run", digits, on_divergence="back")
+    assert BACK == [1]
     assert state.rate_factor == 0.5
     assert [record["epoch"] for record in state.history] == [1, 2, 3]
     assert len(rates) == 48 + 4  # some were made twice
@@ -230,7 +260,8 @@ def test_from_where_it_diverged_twice_it_goes_back_further(digits: Path, tmp_pat
 @pytest.mark.filterwarnings(*EXPECTED)
 def test_not_for_ever(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_at(monkeypatch, epoch=0, step=2, times=100)
-    with pytest.warns(UserWarning, match="back to epoch 0, step 0"), pytest.raises(DivergedError, match="not finite in epoch 1, step 3"):
+    remedy = "not finite in epoch 1, step 3, with 0.03125 of the learning rate too; set a lower train.learning_rate"
+    with pytest.warns(UserWarning, match="back to epoch 0, step 0"), pytest.raises(DivergedError, match=remedy):
         run(tmp_path / "run", digits, on_divergence="back")
 
 
