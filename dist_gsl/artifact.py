@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
 from dist_gsl.removal import set_widths
+from dist_gsl.storage import StorageAwayError, may_pass
 from dist_gsl.tracing import find_neurons
 
 if TYPE_CHECKING:
@@ -324,7 +325,21 @@ def _save_weights(model: nn.Module, file: Path) -> None:
 
     # A clone each: safetensors refuses tensors that share memory, and strides.
     state = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
-    save_file(state, file)
+    with _writing(file):
+        save_file(state, file)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """What libraries raise of their own where a file cannot be written is a `StorageAwayError`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise
+        raise StorageAwayError(f"{file} cannot be written: {_line(error)}") from error
 
 
 def _load_weights(file: Path) -> dict[str, Tensor]:
@@ -361,10 +376,13 @@ def _save_programs(model: nn.Module, directory: Path, *, example: Tensor) -> Non
     except Exception as error:  # torch.export raises types of its own for what it cannot follow
         _log.warning("%s and %s are left out: torch.export cannot follow %s (%s)", PROGRAM, ONNX, network, _line(error))
         return
-    torch.export.save(program, directory / PROGRAM)
+    with _writing(directory / PROGRAM):
+        torch.export.save(program, directory / PROGRAM)
     try:
         _save_onnx(program, directory / ONNX)
     except Exception as error:  # the exporter and its libraries raise types of their own
+        if isinstance(error, OSError) and may_pass(error):
+            raise
         _log.warning("%s is left out: it cannot be made of %s (%s)", ONNX, network, _line(error))
 
 

@@ -307,6 +307,10 @@ def _launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], confi
         raise RuntimeError(failure)
 
 
+class ShortageError(RuntimeError):
+    """Machines that a run needs did not come. It may go on when they do."""
+
+
 class _Shortage:
     """Too few machines for a run that uses what is there: Ray waits for them for ever, and says nothing."""
 
@@ -316,7 +320,7 @@ class _Shortage:
         self._looked_at = 0.0
 
     def look(self, listener: Listener) -> None:
-        """Called often. The listener hears of it once each time; `RuntimeError` after workers.start_timeout."""
+        """Called often. The listener hears of it once each time; `ShortageError` after workers.start_timeout."""
         now = time.monotonic()
         if now - self._looked_at < SHORTAGE_EVERY_S:
             return
@@ -328,7 +332,7 @@ class _Shortage:
                 self._since = now
                 listener.warning(f"{error}; it waits for machines, {self.workers.start_timeout:g} s at most")
             if now - self._since > self.workers.start_timeout:
-                raise RuntimeError(f"{error}; no machine came within {self.workers.start_timeout:g} s. `--resume` goes on") from error
+                raise ShortageError(f"{error}; no machine came within {self.workers.start_timeout:g} s. `--resume` goes on") from error
         else:
             self._since = None
 

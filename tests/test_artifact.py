@@ -1,6 +1,7 @@
 """The compact folder: what is written is what is read, and nothing is ever half written."""
 
 import copy
+import errno
 import json
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import dist_gsl
-from dist_gsl import artifact
+from dist_gsl import artifact, storage
 from tests.networks import tiny
 
 GREY: dict[str, Any] = {"channels": 1, "size": 32, "mean": [0.4], "std": [0.2], "task": "classification"}
@@ -185,6 +187,26 @@ def test_architecture(written: tuple[Path, dist_gsl.Compacted]) -> None:
     assert architecture.preprocessing.mean == (0.4,)
     assert architecture.versions == {"dist_gsl": dist_gsl.__version__, "torch": str(torch.__version__)}
     assert architecture.extra == {"run": "test"}
+
+
+@pytest.mark.parametrize("function", ["safetensors.torch.save_file", "torch.export.save", "torch.onnx.ONNXProgram.save"])
+def test_a_full_disk_is_one_that_may_pass(function: str, folder: Path, written: tuple[Path, dist_gsl.Compacted], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the library makes of it; and the old folder stays."""
+    errors: dict[str, Exception] = {
+        "safetensors.torch.save_file": SafetensorError("I/O error: No space left on device (os error 28)"),
+        "torch.export.save": RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0"),
+        "torch.onnx.ONNXProgram.save": OSError(errno.ENOSPC, "No space left on device"),
+    }
+
+    def full(*_: Any, **__: Any) -> None:
+        raise errors[function]
+
+    before = (folder / "weights.safetensors").read_bytes()
+    monkeypatch.setattr(function, full)
+    with pytest.raises(OSError, match=r"No space left|cannot be written") as caught:
+        save(folder, written[1])
+    assert storage.may_pass(caught.value)
+    assert (folder / "weights.safetensors").read_bytes() == before
 
 
 def test_failure_in_the_middle_leaves_the_old_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,6 @@ LOOK_S = 1.0
 """Seconds between two looks, about: at each all processes come together for a moment."""
 EXPLODED = 10.0
 """A loss so many times that of a network that has learned nothing is one that may not come back."""
-LONG_EVALUATION_S = 10.0
-"""An evaluation that took longer could not be waited for by who asks for the end: the next time, the state is kept before it too."""
 LOOKS = 3
 """Looks in a row after which it will not: a large step at the beginning makes peaks that pass."""
 
@@ -79,7 +77,6 @@ class Watch:
         self._saved_at = self._looked_at = time.monotonic()
         self._next, self._looked_step = 1, 0
         self._before = torch.zeros(3, dtype=torch.float64)
-        self._steps_ended_at, self._evaluation_s = self._looked_at, 0.0
         self._num_high = 0
         """Looks in a row at which the loss was too high; the same in all processes."""
 
@@ -87,7 +84,6 @@ class Watch:
         """`totals`: loss, correct answers and samples of this process so far."""
         self._next, self._looked_step = 1, 0
         self._looked_at, self._before = time.monotonic(), totals.cpu().clone()
-        self._steps_ended_at = self._looked_at
 
     def after_step(self, state: RunState, totals: Tensor, *, steps_done: int, step: int, is_last: bool) -> None:
         """steps_done: since the epoch began or was gone on with; step: over the whole run. `DivergedError`, `StoppedError`."""
@@ -95,17 +91,15 @@ class Watch:
         is_asked = every is not None and step % every == 0
         if not is_last and steps_done < self._next and not is_asked:
             return
-        request, is_due = self._look(state, totals, steps_done, is_last=is_last)
-        if request or is_due or (is_asked and not is_last):  # at the epoch's end the state is kept anyway
+        request, is_due = self._look(state, totals, steps_done)
+        if request or ((is_due or is_asked) and not is_last):  # at the epoch's end the state is kept anyway, when it is evaluated
             self.save(state, totals, at_once=request > Request.NONE)
         if request is Request.STOP:
             raise StoppedError
-        self._steps_ended_at = time.monotonic()
 
     def end_epoch(self, state: RunState) -> None:
         """After the epoch's evaluation: its state is kept, whatever the intervals. `DivergedError`, `StoppedError`."""
         state.totals = None  # the epoch's are over, kept or not
-        self._evaluation_s = time.monotonic() - self._steps_ended_at
         if self._num_high and state.position.epoch >= self._config.epochs:
             raise DivergedError.at(state.position, HIGH)
         request = Request(int(self._together([self._outside.request()], state)[0]))
@@ -130,14 +124,12 @@ class Watch:
         if self._is_first and self._outside.save is not None:
             self._outside.save(state.state_dict(), at_once)
 
-    def _look(self, state: RunState, totals: Tensor, steps_done: int, *, is_last: bool) -> tuple[Request, bool]:
+    def _look(self, state: RunState, totals: Tensor, steps_done: int) -> tuple[Request, bool]:
         now, sums = time.monotonic(), totals.cpu()
         loss, _, samples = (sums - self._before).tolist()
         seconds_a_step = (now - self._looked_at) / max(1, steps_done - self._looked_step)
         minutes = self._config.checkpoint_minutes
         is_due = minutes is not None and now - self._saved_at >= 60 * minutes
-        if is_last:
-            is_due = self._evaluation_s > LONG_EVALUATION_S
         request, due, pause, loss, samples = self._together(
             [
                 int(self._outside.request()),

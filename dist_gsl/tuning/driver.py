@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from dist_gsl.config import RunConfig
 from dist_gsl.display import SearchDisplay, Steps
 from dist_gsl.runs import NEURON_LOG, check_plain_name
 from dist_gsl.tracking import Tracker
-from dist_gsl.training.checkpoint import patiently
+from dist_gsl.training.checkpoint import PATIENCE_S, patiently
 from dist_gsl.tuning import paths, results, stopping
 from dist_gsl.tuning import space as spaces
 from dist_gsl.tuning.records import SearchFolder, SearchSettings, Status, TrialRecord, described, known_points
@@ -152,6 +153,7 @@ class Conductor:
         self.trackers: dict[int, Tracker] = {}
         self.unsaved: set[int] = set()
         """Trials whose records found no room on the disk."""
+        self._saving = threading.Lock()
 
     # --- begin and end
 
@@ -176,9 +178,14 @@ class Conductor:
     def end(self, status: tracking.Status) -> None:
         self.display.close()
         for number in sorted(self.unsaved):
-            patiently(partial(self.folder.save, self.records[number]), partial(self.display.warning, self.records[number]))
-        for number in list(self.trackers):  # those still running
-            self.trackers.pop(number).end(tracking.Status.KILLED)
+            record, patience_s = self.records[number], PATIENCE_S if status is tracking.Status.FINISHED else 0.0
+            try:
+                patiently(partial(self.folder.save, record), partial(self.display.warning, record), patience_s=patience_s)
+            except OSError as error:
+                self.display.warning(record, f"{error}; its record lacks the last epochs, `--resume` tells them again")
+        for tracker in list(self.trackers.values()):  # those still running
+            tracker.end(tracking.Status.KILLED)
+        self.trackers.clear()
         if any(record.is_done for record in self.records.values()):
             front = results.write(self.folder, self.settings, self.records)
             self.parent.summary(front.numbers())
@@ -225,7 +232,12 @@ class Conductor:
             tracker.start(f"{self.folder.name}/{run_folder.name}", record.params, tags, run_id=record.mlflow_run_id)
             self.finish(record, Status.FAILED, str(error))
             return None
-        patiently(lambda: config.save(run_folder.config_file), lambda text: self.display.warning(record, text))
+
+        def save() -> None:
+            run_folder.path.mkdir(parents=True, exist_ok=True)
+            config.save(run_folder.config_file)
+
+        patiently(save, lambda text: self.display.warning(record, text))
         params = config.flat() | config.effective()
         tracker.start(f"{self.folder.name}/{run_folder.name}", params, tags, run_id=record.mlflow_run_id)
         self._save(record)
@@ -246,16 +258,17 @@ class Conductor:
         tracker = self.trackers.get(record.number)
         if tracker is not None and tracker.run_id is not None:
             record.mlflow_run_id = tracker.run_id
-        for number in sorted({record.number, *self.unsaved}):
-            try:
-                self.folder.save(self.records[number])
-                self.unsaved.discard(number)
-            except OSError as error:
-                if not storage.may_pass(error):
-                    raise
-                if number not in self.unsaved:
-                    self.display.warning(record, f"{error}; it is written again after the next epoch")
-                self.unsaved.add(number)
+        with self._saving:  # a path's reports come from a thread of their own
+            for number in sorted({record.number, *self.unsaved}):
+                try:
+                    self.folder.save(self.records[number])
+                    self.unsaved.discard(number)
+                except OSError as error:
+                    if not storage.may_pass(error):
+                        raise
+                    if number not in self.unsaved:
+                        self.display.warning(record, f"{error}; it is written again after the next epoch")
+                    self.unsaved.add(number)
 
     def config_of(self, record: TrialRecord) -> RunConfig:
         if self.settings.path is not None:
@@ -275,6 +288,9 @@ class Conductor:
             self.display.warning(record, content)
         elif kind == "back":
             self.trackers[number].back(content)
+        elif kind == "left":  # neither failed nor done: `--resume` goes on with it
+            self.display.warning(record, content)
+            self.queue = []
         elif kind == "epoch":
             return self._epoch(record, content)
         elif kind == "history":

@@ -151,11 +151,15 @@ class _Points(Listener):
         def warn(text: str) -> None:
             self.conductor.display.warning(record, text)
 
+        def tell(kind: str, content: Any) -> None:
+            if not self.reports.is_left:
+                self.conductor.result(record.number, kind, content)
+
         history = patiently(folder.state, warn)["history"]
         # An interrupted search may have trained what it had no time to tell.
         for epoch in history[self._first(record) :]:
             if not record.curve or epoch["epoch"] > record.curve[-1].epoch:
-                self.conductor.result(record.number, "epoch", epoch)
+                tell("epoch", epoch)
 
         def reported() -> Report:
             if log.records:  # what was trained before this start has its log
@@ -167,10 +171,9 @@ class _Points(Listener):
         try:
             made = patiently(reported, warn)
         except (RuntimeError, ValueError) as error:  # of this point alone; the path goes on
-            self.conductor.result(record.number, "failed", " ".join(str(error).split()))
+            tell("failed", " ".join(str(error).split()))
             return
-        if not self.reports.is_left:
-            self.conductor.result(record.number, "finished", {"summary": runs.summary(made), "latency_ms": None})
+        tell("finished", {"summary": runs.summary(made), "latency_ms": None})
 
     def _first(self, record: TrialRecord) -> int:
         """Epochs of the record's lineage that belong to points before it."""

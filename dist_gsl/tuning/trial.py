@@ -55,7 +55,7 @@ def run_trial(job: dict[str, Any]) -> None:
 
     job: "number", "config" (RunConfig as dict), "folder", "gpu", "latency" (measure it?). It tells "epoch" with the epoch's
     record, "history" with those of the checkpoint it goes on from, "back" with the epoch that it went back to, "warning" with its text, and
-    at the end "finished" with {"summary", "latency_ms"}, or "failed" with the reason. `OSError` where a disk or storage fails for minutes.
+    at the end "finished" with {"summary", "latency_ms"}, "failed" with the reason, or "left" with it where machines are missing. `OSError` where a disk or storage fails for minutes.
     """
     folder, config = RunFolder(Path(job["folder"])), RunConfig.from_dict(job["config"])
     # Ray gives a process that reserves no CPU a single thread; removal and proof may use what a worker has.
@@ -79,6 +79,9 @@ def run_trial(job: dict[str, Any]) -> None:
 
         made = patiently(reported, lambda text: _tell("warning", text))
         latency = measure_latency(folder) if job["latency"] else None
+    except launch.ShortageError as error:
+        _tell("left", str(error))
+        return
     except Exception as error:  # whatever it is, it ends this trial and not the search; the driver shows it
         is_of_the_disk = isinstance(error, OSError) and storage.may_pass(error)
         if is_of_the_disk or isinstance(error.__cause__, RayError):  # not of the trial: Tune tries again

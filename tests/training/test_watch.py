@@ -89,7 +89,8 @@ def test_asked_to_end_it_keeps_the_state_and_goes_on_from_there() -> None:
         assert [record[key] for record in rest] == [record[key] for record in records[1:]]
 
 
-def test_asked_at_an_epochs_last_step_it_does_not_wait_for_the_evaluation() -> None:
+def test_asked_at_an_epochs_last_step_it_does_not_wait_for_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_gsl.training.watch.LOOK_S", 1000.0)
     kept = Kept(request=Asked(Request.STOP, 2))  # the first question is after the first step
     assert isinstance(kept.error, StoppedError)
     assert kept.places == [(0, 6, True)]
@@ -101,16 +102,6 @@ def test_asked_at_an_epochs_last_step_it_does_not_wait_for_the_evaluation() -> N
 
 def _without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
-
-
-def test_before_a_long_evaluation_the_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_gsl.training.watch.LONG_EVALUATION_S", -1.0)
-    kept = Kept()
-    assert kept.places[:4] == [(0, 6, False), (1, 0, False), (1, 6, False), (2, 0, False)]
-    whole, _ = trained(NO_TIME)
-    resumed, rest = trained(NO_TIME, state=kept.states[2])
-    assert equal(whole, resumed)
-    assert [record["epoch"] for record in rest] == [2, 3, 4]
 
 
 @pytest.mark.usefixtures("look_after_every_step")

@@ -59,6 +59,31 @@ def test_a_full_disk_ends_no_search(conductor: Conductor, monkeypatch: pytest.Mo
     assert conductor.unsaved == set()
 
 
+def test_a_trial_begins_when_there_is_room(conductor: Conductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_gsl.training.checkpoint.time.sleep", lambda seconds: None)
+    make, failures = Path.mkdir, [True, True]
+
+    def full(self: Path, *arguments: Any, **options: Any) -> None:
+        if self.name.startswith("trial-") and failures:
+            failures.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert conductor.start(TrialRecord(0, {}, is_baseline=True)) is not None
+    assert failures == []
+    assert conductor.folder.trial(0).config_file.exists()
+    assert list(conductor.folder.records()) == [0]
+
+
+def test_machines_that_are_gone_fail_no_trial(conductor: Conductor) -> None:
+    conductor.start(TrialRecord(0, {}, is_baseline=True))
+    conductor.result(0, "left", "no machine came")
+    assert conductor.next_job() is None
+    assert conductor.folder.records()[0].status is Status.RUNNING
+    assert "no machine came" in said(conductor)
+
+
 def test_a_folder_that_is_gone_does(conductor: Conductor, monkeypatch: pytest.MonkeyPatch) -> None:
     conductor.start(TrialRecord(0, {}, is_baseline=True))
 
