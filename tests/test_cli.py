@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_gsl.cli import main
+from dist_gsl.training.path import PathConfig
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,9 @@ def test_help_lists_the_spaces_and_their_fields(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "imagenet_bnet_c" in text
     assert "--max-accuracy-drop" in text
+    words = " ".join(text.split())  # written out in the help, which has no time to load what knows these two
+    assert f"with each strength of the penalty ({PathConfig.step_epochs})" in words
+    assert f"from there to its network ({PathConfig.finish_epochs})" in words
     with pytest.raises(SystemExit):
         main(["tune", "smoke", "--help"])
     assert "--train.epochs" in capsys.readouterr().out

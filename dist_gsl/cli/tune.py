@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
         help="the whole front from little more than one training: begin with the dense network, raise penalty.beta.rest along\n"
         "the space's range, the baseline and K - 1 points in all (11), each warm-started from the last and trained briefly",
     )  # fmt: skip
-    tune.add_argument("--step-epochs", type=int, metavar="N", help="of a path: with each strength of the penalty (2)")
+    tune.add_argument("--step-epochs", type=int, metavar="N", help="of a path: with each strength of the penalty (3)")
     tune.add_argument(
         "--finish-epochs", type=int, metavar="N", help="of a path: without penalty, from there to its network (4)"
     )

@@ -38,7 +38,7 @@ from dist_gsl.training.state import build_network, initialise
 class PathConfig:
     """How long each part of a path is, in epochs."""
 
-    step_epochs: int = 2
+    step_epochs: int = 3
     """With each strength of the penalty."""
     finish_epochs: int = 4
     """Without penalty, from each strength to its network; the dense network's too, so that it takes the config's epochs in all."""
