@@ -1,6 +1,6 @@
 """What a training survives: random faults, one after another, in one run of two workers, against the same run undisturbed.
 
-    python benchmarks/soak.py FOLDER [--faults 30] [--seed 0] [--epochs 120]
+    python benchmarks/soak.py FOLDER [--faults 30] [--seed 0] [--epochs 300]
 
 Handwritten digits by the ordinary command, `dist-gsl train digits`, neurons removed on the way. After each fault the script waits until
 the run has written checkpoints of its own accord again, and starts the command anew where the fault ended it. The faults:
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything is written; a new one")
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
-    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the undisturbed runs; none: accuracy is not compared")
     parser.add_argument("--drive", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
