@@ -19,7 +19,7 @@ help: ## what can be made
 
 setup: .setup-done ## install everything; does nothing twice
 
-.setup-done: pyproject.toml constraints.txt docker/system-packages.sh dist_gsl/data/native/decode.cpp
+.setup-done: pyproject.toml constraints.txt docker/system-packages.sh dist_gsl/data/native/decode.cpp dist_gsl/kernels/proximal.cpp
 	sh docker/system-packages.sh $(SYSTEM_PACKAGES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

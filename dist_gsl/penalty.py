@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dist_gsl import kernels
+
 if TYPE_CHECKING:
     from dist_gsl.neurons import Neurons
 
@@ -103,26 +105,37 @@ class SparseGroupLasso:
         """Applies the proximal operator of t r to the neurons of one layer, in place.
 
         parts: tensors (N, ...) that together hold the layer's neurons, one neuron a row. With `min_alive` at least that
-        many neurons, the strongest before the operator, are left as they are rather than set to zero.
+        many neurons stay: the strongest of those that would be set to zero are left as they are.
         """
         beta, alpha = self.strength(layer, step)
         if t * beta == 0:
             return Prox(dead=None, kept_by_force=False, beta=beta)
-        shrunk = [soft_threshold(part, t * alpha * beta) for part in parts] if alpha > 0 else list(parts)
-        factors = shrink_factors(row_norms(shrunk), t * (1 - alpha) * beta * math.sqrt(group_size))
-        protected = None
-        if min_alive and int((factors > 0).sum()) < min_alive:
-            # The strongest go through this step unshrunk; the rest die.
-            protected = row_norms(parts).topk(min(min_alive, len(factors))).indices
-            saved = [part[protected].clone() for part in parts]
-        for part, s in zip(parts, shrunk, strict=True):
-            torch.mul(s, factors.view(-1, *[1] * (part.dim() - 1)), out=part)
-            if protected is not None:
-                part[protected] = saved.pop(0)
+        cut, threshold = t * alpha * beta, t * (1 - alpha) * beta * math.sqrt(group_size)
+        described = kernels.described(parts)
+        if described is None:
+            shrunk = [soft_threshold(part, cut) for part in parts] if cut > 0 else list(parts)
+            factors = shrink_factors(row_norms(shrunk), threshold)
+        else:
+            factors = parts[0].new_empty(len(parts[0]))
+            kernels.shrink_(described, factors, cut=cut, threshold=threshold)
         dead = factors == 0
-        if protected is not None:  # but a neuron that was zero before stays dead
-            dead[protected] = row_norms(parts)[protected] == 0
-        return Prox(dead=dead, kept_by_force=protected is not None, beta=beta)
+        missing = min_alive - int((~dead).sum()) if min_alive else 0
+        kept = None
+        if missing > 0:
+            norms = row_norms(parts).masked_fill_(~dead, -1)
+            kept = norms.topk(min(missing, int(dead.sum()))).indices
+            dead[kept] = norms[kept] == 0  # a neuron that was zero before stays dead
+        if described is None:
+            for part, s in zip(parts, shrunk, strict=True):
+                saved = None if kept is None else part[kept].clone()
+                torch.mul(s, factors.view(-1, *[1] * (part.dim() - 1)), out=part)
+                if saved is not None:
+                    part[kept] = saved
+        else:
+            which = dead.nonzero().flatten()
+            for part in parts if len(which) else []:
+                part.index_fill_(0, which, 0)
+        return Prox(dead=dead, kept_by_force=kept is not None, beta=beta)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""Two ways to do the same, timed in pairs, one after the other in a new order each time: the ratio, with its interval.
+
+What a machine does besides falls on both of a pair alike, so ratios stand where seconds do not.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+T_95 = 2.05
+"""Of Student's t with 28 to 60 degrees of freedom, two-sided, to one percent."""
+AT_LEAST = 30
+
+
+class Ratio(NamedTuple):
+    """The geometric mean over pairs of how much longer one takes than the other."""
+
+    ratio: float
+    low: float
+    """Of its interval of 95 %."""
+    high: float
+    seconds: float
+    """Median of one."""
+    other_seconds: float
+    """Median of the other."""
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def ratio_of(seconds: list[float], other: list[float]) -> Ratio:
+    """Of times that were taken pair by pair."""
+    logs = [math.log(a / b) for a, b in zip(seconds, other, strict=True)]
+    mean, spread = statistics.mean(logs), T_95 * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Ratio(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread), statistics.median(seconds), statistics.median(other))
+
+
+def timed(run: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def compare(
+    one: Callable[[], object], other: Callable[[], object], *, pairs: int = AT_LEAST, warmup: int = 2, seed: int = 0,
+    synchronize: Callable[[], object] = lambda: None,
+) -> Ratio:  # fmt: skip
+    """`synchronize` waits until the device is done, and for other processes. The order of each pair is drawn alike from the seed everywhere."""
+    for _ in range(warmup):
+        one()
+        other()
+    order = random.Random(seed)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(pairs):
+        for which in order.sample((0, 1), 2):
+            seconds[which].append(timed((one, other)[which], synchronize))
+    return ratio_of(*seconds)

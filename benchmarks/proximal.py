@@ -1,0 +1,87 @@
+"""The proximal step over all neurons of a network, against copying as much memory.
+
+    python benchmarks/proximal.py [--device cuda] [--threads 1] [--networks dec8-768 resnet50 vit_b_16] [--loop]
+
+A copy reads and writes each entry once, the least that a step can do which changes all of them. Timed in interleaved pairs (`pairs.py`);
+beta is so small that nothing dies, so that every pair has the same work. "torch" is the same operator by vectorised operations of torch, as
+on devices that have no kernel; --loop adds one neuron after another in Python, as the method's other implementations have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.pairs import AT_LEAST, compare
+from dist_gsl import SparseGroupLasso, create_model, find_neurons
+from dist_gsl.penalty import row_norms, shrink_factors, soft_threshold
+
+NETWORKS = ("dec8-768", "resnet50", "vit_b_16")
+BETA, RATE = 1e-9, 0.1
+
+
+def by_torch(parts: list[Tensor], *, cut: float, threshold: float) -> None:
+    shrunk = [soft_threshold(part, cut) for part in parts] if cut > 0 else parts
+    factors = shrink_factors(row_norms(shrunk), threshold)
+    for part, s in zip(parts, shrunk, strict=True):
+        torch.mul(s, factors.view(-1, *[1] * (part.dim() - 1)), out=part)
+
+
+def neuron_by_neuron(parts: list[Tensor], *, cut: float, threshold: float) -> None:
+    for n in range(len(parts[0])):
+        by_torch([part[n : n + 1] for part in parts], cut=cut, threshold=threshold)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--pairs", type=int, default=AT_LEAST)
+    parser.add_argument("--loop", action="store_true", help="one neuron after another too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    synchronize: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    print("| network | entries, million | alpha | step over copy | torch over copy | " + ("loop over copy | " if options.loop else "") + "copy, ms |")
+    print("|---|---|---|---|---|---|" + ("---|" if options.loop else ""))
+    for name in options.networks:
+        model = create_model(name, num_classes=1000)
+        neurons = find_neurons(model, torch.randn(1, 3, 224, 224))
+        model.to(device)
+        layers = [(layer, [part.detach() for part in neurons.parts(layer)]) for layer in neurons]
+        entries = sum(part.numel() for _, parts in layers for part in parts)
+        source = torch.randn(entries, device=device)
+        target = torch.empty_like(source)
+        for alpha in (0.0, 0.5):
+            penalty = SparseGroupLasso(beta=BETA, alpha=alpha)
+
+            def step(layers: Any = layers, penalty: Any = penalty) -> None:
+                for layer, parts in layers:
+                    penalty.prox_(parts, layer=layer.name, step=0, t=RATE, group_size=layer.group_size, min_alive=1)
+
+            def each(way: Callable[..., None], layers: Any = layers, alpha: float = alpha) -> None:
+                for layer, parts in layers:
+                    way(parts, cut=RATE * alpha * BETA, threshold=RATE * (1 - alpha) * BETA * math.sqrt(layer.group_size))
+
+            def copy(source: Tensor = source, target: Tensor = target) -> None:
+                target.copy_(source)
+
+            found = compare(step, copy, pairs=options.pairs, synchronize=synchronize)
+            cells = [str(found), f"{compare(lambda: each(by_torch), copy, pairs=options.pairs, synchronize=synchronize)}"]
+            if options.loop:
+                cells.append(f"{compare(lambda: each(neuron_by_neuron), copy, pairs=3, warmup=0, synchronize=synchronize).ratio:.0f}")
+            print(f"| {name} | {entries / 1e6:.1f} | {alpha:g} | {' | '.join(cells)} | {1e3 * found.other_seconds:.1f} |", flush=True)
+    print(f"{options.threads} thread(s), {device}, torch {torch.__version__}; command: {' '.join(sys.argv)}")
+
+
+if __name__ == "__main__":
+    main()

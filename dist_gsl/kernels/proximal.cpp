@@ -1,0 +1,128 @@
+// The proximal step of a layer on a CPU, one neuron after another: its norm, and while its row is still in cache its shrinking. Memory is
+// read once and written once, which is what a copy costs.
+//
+// Called by address (see __init__.py). Sums run over fixed lanes, so that the same bits come out whatever the vector width, the number of
+// threads, or the neuron's place; compiled without contraction to fused multiply-adds for the same reason.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTORS
+#endif
+
+namespace {
+
+// What the neurons of a layer own of one tensor. Neuron n has `blocks` runs of `run` neighbouring entries; entries are counted, not bytes.
+struct Part {
+    void* data;
+    uint64_t neuron_stride, blocks, block_stride, run;
+};
+
+constexpr uint64_t LANES = 64;  // four registers of the widest kind
+constexpr uint64_t CHUNK = 4096;  // entries between two sums in double: lanes add few enough terms to stay as exact as pairwise sums
+
+template <typename T>
+inline T soft(T x, T cut) {
+    return x - std::min(std::max(x, -cut), cut);  // exactly 0 within [-cut, cut]; NaN stays NaN
+}
+
+// Sum of the squares of a run after soft-thresholding.
+template <typename T, bool IS_CUT>
+inline __attribute__((always_inline)) double squares_of(const T* x, uint64_t size, T cut) {
+    double total = 0;
+    for (uint64_t begin = 0; begin < size; begin += CHUNK) {
+        const uint64_t end = std::min(size, begin + CHUNK);
+        T lanes[LANES] = {};
+        uint64_t i = begin;
+        for (; i + LANES <= end; i += LANES)
+            for (uint64_t k = 0; k < LANES; ++k) {
+                const T s = IS_CUT ? soft(x[i + k], cut) : x[i + k];
+                lanes[k] += s * s;
+            }
+        for (uint64_t k = 0; i + k < end; ++k) {
+            const T s = IS_CUT ? soft(x[i + k], cut) : x[i + k];
+            lanes[k] += s * s;
+        }
+        for (uint64_t width = LANES / 2; width > 0; width /= 2)
+            for (uint64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+        total += lanes[0];
+    }
+    return total;
+}
+
+template <typename T, bool IS_CUT>
+inline __attribute__((always_inline)) void scale_run(T* x, uint64_t size, T cut, T factor) {
+    for (uint64_t i = 0; i < size; ++i) x[i] = (IS_CUT ? soft(x[i], cut) : x[i]) * factor;
+}
+
+VECTORS double squares(const float* x, uint64_t size, float cut) {
+    return cut > 0 ? squares_of<float, true>(x, size, cut) : squares_of<float, false>(x, size, cut);
+}
+VECTORS double squares(const double* x, uint64_t size, double cut) {
+    return cut > 0 ? squares_of<double, true>(x, size, cut) : squares_of<double, false>(x, size, cut);
+}
+VECTORS void scale(float* x, uint64_t size, float cut, float factor) {
+    cut > 0 ? scale_run<float, true>(x, size, cut, factor) : scale_run<float, false>(x, size, cut, factor);
+}
+VECTORS void scale(double* x, uint64_t size, double cut, double factor) {
+    cut > 0 ? scale_run<double, true>(x, size, cut, factor) : scale_run<double, false>(x, size, cut, factor);
+}
+
+template <typename T>
+T norm_of(const Part* parts, uint64_t num_parts, uint64_t neuron, T cut) {
+    double total = 0;
+    for (const Part* part = parts; part < parts + num_parts; ++part) {
+        const T* row = static_cast<const T*>(part->data) + neuron * part->neuron_stride;
+        for (uint64_t b = 0; b < part->blocks; ++b) total += squares(row + b * part->block_stride, part->run, cut);
+    }
+    return static_cast<T>(std::sqrt(total));
+}
+
+// Neurons begin to end: factors of all; those whose factor is not 0 are shrunk, the others left as they are.
+template <typename T>
+void shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, T cut, T threshold, T* factors) {
+    for (uint64_t n = begin; n < end; ++n) {
+        const T norm = norm_of(parts, num_parts, n, cut);
+        const T factor = norm <= threshold ? T(0) : (norm - threshold) / norm;  // NaN stays NaN
+        factors[n] = factor;
+        if (factor == 0) continue;
+        for (const Part* part = parts; part < parts + num_parts; ++part) {
+            T* row = static_cast<T*>(part->data) + n * part->neuron_stride;
+            for (uint64_t b = 0; b < part->blocks; ++b) scale(row + b * part->block_stride, part->run, cut, factor);
+        }
+    }
+}
+
+template <typename T>
+void shrink_all(const Part* parts, uint64_t num_parts, uint64_t num_neurons, T cut, T threshold, T* factors, uint64_t num_threads) {
+    std::vector<std::thread> others;
+    const uint64_t share = (num_neurons + num_threads - 1) / num_threads;
+    for (uint64_t begin = share; begin < num_neurons; begin += share)
+        others.emplace_back([=] { shrink(parts, num_parts, begin, std::min(num_neurons, begin + share), cut, threshold, factors); });
+    shrink(parts, num_parts, 0, std::min(num_neurons, share), cut, threshold, factors);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t dist_gsl_proximal_version() { return 1; }
+
+void dist_gsl_shrink_float(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, float* factors,
+                           uint64_t num_threads) {
+    shrink_all<float>(parts, num_parts, num_neurons, static_cast<float>(cut), static_cast<float>(threshold), factors, num_threads);
+}
+
+void dist_gsl_shrink_double(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, double* factors,
+                            uint64_t num_threads) {
+    shrink_all<double>(parts, num_parts, num_neurons, cut, threshold, factors, num_threads);
+}
+}
