@@ -50,7 +50,7 @@ class TrainConfig:
     """Memory layout of images and filters; faster on most hardware, about 1.6 times on a CPU for Dec3."""
     ema: float | None = None
     """Decay a step of a moving average of the parameters, which is then what is evaluated and kept; None: off."""
-    shrink: str = "never"
+    shrink: str = "epoch"
     """When dead neurons leave the training itself, which goes on with the smaller network as it would have gone on with them: "epoch": at
     the end of each; a number N: every N steps; "P%": as soon as P % of the parameters died; "never". With penalty.revive never."""
     checkpoint_steps: int | None = None

@@ -1,0 +1,109 @@
+"""A training step with the proximal hook, against the same DDP step with torch's SGD and no penalty; and against stepping after backward.
+
+    python benchmarks/step.py [--networks dec3 bnet-c resnet18] [--bucket-mb 25 1] [--alpha 0 0.5]
+
+Two processes of one thread each, gloo; momentum and weight decay in both, the same network, batch and buckets. The penalty is on in every
+step and so weak that nothing dies: every pair does the same work. Steps alternate in one run, a barrier before each (`pairs.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.pairs import AT_LEAST, Ratio, compare
+from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
+
+NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {  # arguments, a worker's batch, classes
+    "dec3": ({"width": 0.25, "batch_norm": True, "in_channels": 1}, (32, 1, 32, 32), 36),
+    "bnet-c": ({}, (8, 3, 224, 224), 1000),
+    "resnet18": ({}, (8, 3, 224, 224), 1000),
+}
+"""The demo's network and batch; those of ImageNet's images with a batch that steps in about a second."""
+RECIPE = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+BETA = 1e-9
+
+
+def step_of(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], *, bucket_mb: float, how: str, alpha: float) -> Any:
+    """how: "sgd", "within" (backward steps), or "after" it."""
+    images, targets = batch
+    model = copy.deepcopy(model)
+    neurons = find_neurons(model, images[:1])
+    ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
+    if how == "sgd":
+        plain = torch.optim.SGD(model.parameters(), **RECIPE)
+
+        def step() -> None:
+            plain.zero_grad()
+            F.cross_entropy(ddp(images), targets).backward()
+            plain.step()
+
+        return step
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=BETA, alpha=alpha), **RECIPE)
+    if how == "within":
+        optimizer.attach(ddp)
+
+    def step_proximal() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(images), targets).backward()
+        if how == "after":
+            optimizer.step()
+
+    return step_proximal
+
+
+def work(rank: int, options: argparse.Namespace, store: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers)
+    tell = print if rank == 0 else lambda *_, **__: None
+    tell("| network | million parameters | buckets of MB | alpha | hook over SGD | within over after backward | SGD's step, ms |")
+    tell("|---|---|---|---|---|---|---|")
+    for name in options.networks:
+        arguments, shape, classes = NETWORKS[name]
+        torch.manual_seed(0)
+        model = create_model(name, num_classes=classes, **arguments)
+        generator = torch.Generator().manual_seed(rank)
+        batch = torch.randn(shape, generator=generator), torch.randint(classes, shape[:1], generator=generator)
+        for bucket_mb in options.bucket_mb:
+            for alpha in options.alpha:
+                make = partial(step_of, model, batch, bucket_mb=bucket_mb, alpha=alpha)
+                within = make(how="within")
+                found: list[Ratio] = [
+                    compare(within, make(how=other), pairs=options.pairs, warmup=3, synchronize=dist.barrier) for other in ("sgd", "after")
+                ]
+                parameters = sum(p.numel() for p in model.parameters()) / 1e6
+                tell(f"| {name} | {parameters:.2f} | {bucket_mb:g} | {alpha:g} | {found[0]} | {found[1]} | {1e3 * found[0].other_seconds:.1f} |", flush=True)
+    tell(f"{options.workers} workers of one thread, {options.pairs} pairs, torch {torch.__version__}; command: {' '.join(sys.argv)}")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--bucket-mb", type=float, nargs="+", default=[25.0])
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=AT_LEAST)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (options, f"{folder}/store"), nprocs=options.workers)
+
+
+if __name__ == "__main__":
+    main()
