@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,10 @@ def test_the_image_holds_what_is_copied_into_it() -> None:
     for source in sources:
         assert (ROOT / source).exists(), source
         assert any(source == each or source.startswith(f"{each}/") for each in allowed), source
+
+
+def test_the_image_has_what_is_compiled_before_it_installs() -> None:
+    steps = (DOCKER / "Dockerfile").read_text().partition("pip install")[0]
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    for source in [source for module in modules for source in module["sources"]]:
+        assert f"COPY {source} {source}\n" in steps, source
