@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-T_95 = 2.05
-"""Of Student's t with 28 to 60 degrees of freedom, two-sided, to one percent."""
+from scipy.stats import t
+
 AT_LEAST = 30
+"""Pairs that a claim of a few percent needs."""
 
 
 class Ratio(NamedTuple):
@@ -34,9 +35,10 @@ class Ratio(NamedTuple):
 
 
 def ratio_of(seconds: list[float], other: list[float]) -> Ratio:
-    """Of times that were taken pair by pair."""
+    """Of times that were taken pair by pair, at least two. The interval is Student's, of the logarithms."""
     logs = [math.log(a / b) for a, b in zip(seconds, other, strict=True)]
-    mean, spread = statistics.mean(logs), T_95 * statistics.stdev(logs) / math.sqrt(len(logs))
+    mean = statistics.mean(logs)
+    spread = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
     return Ratio(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread), statistics.median(seconds), statistics.median(other))
 
 

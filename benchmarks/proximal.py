@@ -1,10 +1,11 @@
-"""The proximal step over all neurons of a network, against copying as much memory.
+"""The proximal step over all neurons of a network, against what moving as much memory takes.
 
     python benchmarks/proximal.py [--device cuda] [--threads 1] [--networks dec8-768 resnet50 vit_b_16] [--loop]
 
-A copy reads and writes each entry once, the least that a step can do which changes all of them. Timed in interleaved pairs (`pairs.py`);
-beta is so small that nothing dies, so that every pair has the same work. "torch" is the same operator by vectorised operations of torch, as
-on devices that have no kernel; --loop adds one neuron after another in Python, as the method's other implementations have it.
+"step" is what the optimizer does for every layer in every step. "copy" copies as many entries elsewhere, "in place" multiplies them where they
+are: one read and one write, the least for what changes every entry. Timed in interleaved pairs (`pairs.py`); beta is so small that nothing
+dies, so that every pair has the same work. "torch" is the operator by vectorised operations of torch, as on devices that have no kernel, and
+stands over copy; --loop adds one neuron after another in Python, as other implementations of the method have it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.pairs import AT_LEAST, compare
-from dist_gsl import SparseGroupLasso, create_model, find_neurons
+from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
 from dist_gsl.penalty import row_norms, shrink_factors, soft_threshold
 
 NETWORKS = ("dec8-768", "resnet50", "vit_b_16")
@@ -51,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     synchronize: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    print("| network | entries, million | alpha | step over copy | torch over copy | " + ("loop over copy | " if options.loop else "") + "copy, ms |")
+    print("| network | entries, million | alpha | step over copy | step over in place | torch over copy | " + ("loop over copy | " if options.loop else ""))
     print("|---|---|---|---|---|---|" + ("---|" if options.loop else ""))
     for name in options.networks:
         model = create_model(name, num_classes=1000)
@@ -62,11 +64,13 @@ def main() -> None:
         source = torch.randn(entries, device=device)
         target = torch.empty_like(source)
         for alpha in (0.0, 0.5):
-            penalty = SparseGroupLasso(beta=BETA, alpha=alpha)
+            optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=BETA, alpha=alpha), lr=RATE)
+            optimizer.begin_step()
 
-            def step(layers: Any = layers, penalty: Any = penalty) -> None:
-                for layer, parts in layers:
-                    penalty.prox_(parts, layer=layer.name, step=0, t=RATE, group_size=layer.group_size, min_alive=1)
+            @torch.no_grad()
+            def step(optimizer: ProximalSGD = optimizer, neurons: Any = neurons) -> None:
+                for layer in neurons:
+                    optimizer.prox_(layer)
 
             def each(way: Callable[..., None], layers: Any = layers, alpha: float = alpha) -> None:
                 for layer, parts in layers:
@@ -75,11 +79,14 @@ def main() -> None:
             def copy(source: Tensor = source, target: Tensor = target) -> None:
                 target.copy_(source)
 
-            found = compare(step, copy, pairs=options.pairs, synchronize=synchronize)
-            cells = [str(found), f"{compare(lambda: each(by_torch), copy, pairs=options.pairs, synchronize=synchronize)}"]
+            def in_place(source: Tensor = source) -> None:
+                source.mul_(1.0)
+
+            ratio = partial(compare, pairs=options.pairs, synchronize=synchronize)
+            cells: list[Any] = [ratio(step, copy), ratio(step, in_place), ratio(lambda: each(by_torch), copy)]
             if options.loop:
                 cells.append(f"{compare(lambda: each(neuron_by_neuron), copy, pairs=3, warmup=0, synchronize=synchronize).ratio:.0f}")
-            print(f"| {name} | {entries / 1e6:.1f} | {alpha:g} | {' | '.join(cells)} | {1e3 * found.other_seconds:.1f} |", flush=True)
+            print(f"| {name} | {entries / 1e6:.1f} | {alpha:g} | {' | '.join(map(str, cells))} |", flush=True)
     print(f"{options.threads} thread(s), {device}, torch {torch.__version__}; command: {' '.join(sys.argv)}")
 
 

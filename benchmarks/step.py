@@ -2,8 +2,9 @@
 
     python benchmarks/step.py [--networks dec3 bnet-c resnet18] [--bucket-mb 25 1] [--alpha 0 0.5]
 
-Two processes of one thread each, gloo; momentum and weight decay in both, the same network, batch and buckets. The penalty is on in every
-step and so weak that nothing dies: every pair does the same work. Steps alternate in one run, a barrier before each (`pairs.py`).
+Two processes of one thread each, gloo; channels_last, momentum and weight decay in both, the same network, batch and buckets. The hook divides by
+the samples of all workers, as in training. "SGD" is torch's as it comes, "fused" its fused one. The penalty is on in every step and so weak
+that nothing dies: every pair does the same work. Steps alternate in one run, a barrier before and after each (`pairs.py`).
 """
 
 from __future__ import annotations
@@ -38,32 +39,30 @@ RECIPE = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 BETA = 1e-9
 
 
-def step_of(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], *, bucket_mb: float, how: str, alpha: float) -> Any:
-    """how: "sgd", "within" (backward steps), or "after" it."""
-    images, targets = batch
-    model = copy.deepcopy(model)
-    neurons = find_neurons(model, images[:1])
-    ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
-    if how == "sgd":
-        plain = torch.optim.SGD(model.parameters(), **RECIPE)
+def step_of(
+    model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], *, bucket_mb: float, how: str, alpha: float, group: Any = None
+) -> Any:
+    """A step of a copy of the model. how: "sgd", "fused", "within" (backward steps), or "after" it."""
+    images, targets = batch[0].to(memory_format=torch.channels_last), batch[1]
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, process_group=group)
+    if how in ("sgd", "fused"):
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), **RECIPE, fused=how == "fused")
+    else:
+        neurons = find_neurons(model, images[:1])
+        optimizer = proximal = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=BETA, alpha=alpha), **RECIPE)
+        if how == "within":
+            proximal.attach(ddp)
 
-        def step() -> None:
-            plain.zero_grad()
-            F.cross_entropy(ddp(images), targets).backward()
-            plain.step()
-
-        return step
-    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=BETA, alpha=alpha), **RECIPE)
-    if how == "within":
-        optimizer.attach(ddp)
-
-    def step_proximal() -> None:
+    def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(ddp(images), targets).backward()
-        if how == "after":
+        if how == "within":
+            proximal.set_num_samples(len(targets))
+        F.cross_entropy(ddp(images), targets, reduction="sum" if how == "within" else "mean").backward()
+        if how != "within":
             optimizer.step()
 
-    return step_proximal
+    return step
 
 
 def work(rank: int, options: argparse.Namespace, store: str) -> None:
@@ -71,8 +70,8 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers)
     tell = print if rank == 0 else lambda *_, **__: None
-    tell("| network | million parameters | buckets of MB | alpha | hook over SGD | within over after backward | SGD's step, ms |")
-    tell("|---|---|---|---|---|---|---|")
+    tell("| network | million parameters | buckets of MB | alpha | hook over SGD | hook over fused | hook over after backward | step with SGD, ms |")
+    tell("|---|---|---|---|---|---|---|---|")
     for name in options.networks:
         arguments, shape, classes = NETWORKS[name]
         torch.manual_seed(0)
@@ -84,10 +83,11 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
                 make = partial(step_of, model, batch, bucket_mb=bucket_mb, alpha=alpha)
                 within = make(how="within")
                 found: list[Ratio] = [
-                    compare(within, make(how=other), pairs=options.pairs, warmup=3, synchronize=dist.barrier) for other in ("sgd", "after")
+                    compare(within, make(how=other), pairs=options.pairs, warmup=3, synchronize=dist.barrier) for other in ("sgd", "fused", "after")
                 ]
                 parameters = sum(p.numel() for p in model.parameters()) / 1e6
-                tell(f"| {name} | {parameters:.2f} | {bucket_mb:g} | {alpha:g} | {found[0]} | {found[1]} | {1e3 * found[0].other_seconds:.1f} |", flush=True)
+                ratios = " | ".join(map(str, found))
+                tell(f"| {name} | {parameters:.2f} | {bucket_mb:g} | {alpha:g} | {ratios} | {1e3 * found[0].other_seconds:.1f} |", flush=True)
     tell(f"{options.workers} workers of one thread, {options.pairs} pairs, torch {torch.__version__}; command: {' '.join(sys.argv)}")
     dist.destroy_process_group()
 

@@ -112,12 +112,16 @@ class SparseGroupLasso:
             return Prox(dead=None, kept_by_force=False, beta=beta)
         cut, threshold = t * alpha * beta, t * (1 - alpha) * beta * math.sqrt(group_size)
         described = kernels.described(parts)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            raise RuntimeError("prox_ changes parameters in place; call it under torch.no_grad()")
         if described is None:
             shrunk = [soft_threshold(part, cut) for part in parts] if cut > 0 else list(parts)
             factors = shrink_factors(row_norms(shrunk), threshold)
         else:
             factors = parts[0].new_empty(len(parts[0]))
-            kernels.shrink_(described, factors, cut=cut, threshold=threshold)
+            torch.autograd.graph.increment_version(parts)
+            if kernels.shrink_(described, factors, cut=cut, threshold=threshold) == 0:
+                return Prox(dead=None, kept_by_force=False, beta=beta)
         dead = factors == 0
         missing = min_alive - int((~dead).sum()) if min_alive else 0
         kept = None
@@ -143,7 +147,7 @@ class Prox:
     """What a proximal step did to a layer."""
 
     dead: Tensor | None
-    """bool (N,): the neurons that are zero now; None where the penalty is off and nothing was done."""
+    """bool (N,): the neurons that are zero now; None where none is known to be."""
     kept_by_force: bool
     """Neurons would have died but for `min_alive`."""
     beta: float

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_gsl import kernels
 from dist_gsl.neurons import NeuronLayer, Neurons, Slice
 from dist_gsl.penalty import Prox, SparseGroupLasso, row_norms
 from dist_gsl.tracing import check_precision
@@ -38,7 +39,7 @@ class ProximalSGD(torch.optim.Optimizer):
     or dies as a whole.
 
     `ValueError` where a neuron's parameters are missing, lie in groups of different learning rates, or are not float32
-    or float64.
+    or float64. `ImportError` where the compiled proximal step is missing.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ProximalSGD(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         check_precision(neurons.model)
+        kernels.check(p for p in neurons.model.parameters())
         self.neurons, self.penalty = neurons, penalty
         self.every, self.revive, self.min_alive, self.depth, self.groups = every, revive, min_alive, depth, groups
         self.num_steps = 0
@@ -210,8 +212,8 @@ class ProximalSGD(torch.optim.Optimizer):
             if prox.kept_by_force and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
-                    f"layer {name!r}: beta {prox.beta:.4g} would kill every neuron; the strongest {self.min_alive} "
-                    "stay (min_alive). Lower beta for this layer or start it later",
+                    f"layer {name!r}: beta {prox.beta:.4g} would kill every neuron; the strongest "
+                    f"stay, {self.min_alive} in all (min_alive). Lower beta for this layer or start it later",
                     stacklevel=2,
                 )
             if self.revive:  # without penalty too: a neuron that was zero may have come back since

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_gsl import SparseGroupLasso, kernels
+from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons, kernels
 from dist_gsl.penalty import row_norms, shrink_factors, soft_threshold
+from tests.networks import IMAGE, chain
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda part: part,
@@ -55,8 +56,9 @@ def test_it_is_the_operator(shapes: str, layout: str, dtype: torch.dtype, cut: f
     described = kernels.described(parts)
     assert described is not None
     factors = torch.empty(len(parts[0]), dtype=dtype)
-    kernels.shrink_(described, factors, cut=cut, threshold=threshold)
+    num_zero = kernels.shrink_(described, factors, cut=cut, threshold=threshold)
     assert torch.equal(factors == 0, expected_factors == 0)
+    assert num_zero == int((factors == 0).sum())
     lives = factors != 0
     for part, old, new in zip(parts, before, expected, strict=True):
         torch.testing.assert_close(part[lives], new[lives])
@@ -95,7 +97,8 @@ def test_the_same_bits_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatc
         parts = drawn([(17, 500), (17,)], torch.float32, "contiguous")
         described, factors = kernels.described(parts), torch.empty(17)
         assert described is not None
-        kernels.shrink_(described, factors, cut=0.2, threshold=10.0)
+        num_zero = kernels.shrink_(described, factors, cut=0.2, threshold=17.5)
+        assert num_zero == int((factors == 0).sum()) > 0
         found.append(torch.cat([factors, parts[0].flatten(), parts[1]]))
     assert all(torch.equal(each, found[0]) for each in found)
 
@@ -106,8 +109,7 @@ def test_what_is_not_finite_is_not_taken_for_dead(value: float, alpha: float) ->
     parts = [torch.ones(4, 3), torch.ones(4)]
     parts[0][1, 2] = value
     prox = SparseGroupLasso(beta=0.1, alpha=alpha).prox_(parts, layer="a", step=0, t=1.0, group_size=4)
-    assert prox.dead is not None
-    assert not prox.dead.any()
+    assert prox.dead is None
     assert torch.cat([part.reshape(4, -1) for part in parts], dim=1).isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
@@ -124,8 +126,8 @@ def test_what_it_cannot_describe_goes_by_torch() -> None:
     by_hand = penalty.prox_([strided], layer="a", step=0, t=1.0, group_size=80)
     compiled = penalty.prox_(plain, layer="a", step=0, t=1.0, group_size=80)
     assert by_hand.dead is not None
-    assert compiled.dead is not None
-    assert torch.equal(by_hand.dead, compiled.dead)
+    assert not by_hand.dead.any()
+    assert compiled.dead is None
     torch.testing.assert_close(strided, plain[0])
 
 
@@ -154,5 +156,38 @@ def test_a_missing_or_an_older_library_is_named(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(kernels, "MODULE", "_dist_gsl_nowhere")
         with pytest.raises(ImportError, match="_dist_gsl_nowhere is missing: install the same dist_gsl here and on every node"):
             kernels.library()
+    finally:
+        kernels.library.cache_clear()
+
+
+def test_entries_that_share_memory_are_left_to_torch() -> None:
+    """Here, each would be shrunk more than once."""
+    for part in (torch.ones(1).expand(5), torch.arange(10.0).unfold(0, 3, 1), torch.arange(20.0).as_strided((2, 3, 3), (9, 1, 1))):
+        assert kernels.described([part]) is None
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"):
+        SparseGroupLasso(beta=0.1).prox_([torch.ones(1).expand(5)], layer="a", step=0, t=1.0, group_size=1)
+
+
+def test_autograd_hears_of_it() -> None:
+    weight = torch.ones(4, 3, requires_grad=True)
+    penalty = SparseGroupLasso(beta=0.1)
+    with pytest.raises(RuntimeError, match=r"call it under torch\.no_grad\(\)"):
+        penalty.prox_([weight], layer="a", step=0, t=1.0, group_size=3)
+    assert torch.equal(weight, torch.ones(4, 3))
+    loss = weight.square().sum()
+    with torch.no_grad():
+        penalty.prox_([weight], layer="a", step=0, t=1.0, group_size=3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_optimizer_asks_for_the_library_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "MODULE", "_dist_gsl_nowhere")
+    model = chain()
+    neurons = find_neurons(model, torch.zeros(1, *IMAGE))
+    try:
+        with pytest.raises(ImportError, match="_dist_gsl_nowhere is missing"):
+            ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.0), lr=0.1)
     finally:
         kernels.library.cache_clear()

@@ -233,7 +233,7 @@ def test_min_alive_keeps_the_strongest_and_warns_once_with_layer_and_beta() -> N
     optimizer, neurons = optimizer_of(model, beta={"conv2": 1234.0}, min_alive=2)
     norms = torch.cat([part.detach().reshape(8, -1) for part in neurons.parts(neurons["conv2"])], dim=1).norm(dim=1)
     first, *others = batches(4)
-    with pytest.warns(UserWarning, match=r"'conv2'.*1234.*strongest 2"):
+    with pytest.warns(UserWarning, match=r"'conv2'.*1234.*strongest stay, 2 in all"):
         train_step(model, optimizer.step, first)
     for batch in others:  # a second warning would be an error
         train_step(model, optimizer.step, batch)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MODULE: Final = "_dist_gsl_proximal"
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the functions that this code calls."""
 _FUNCTIONS: Final = {torch.float32: "dist_gsl_shrink_float", torch.float64: "dist_gsl_shrink_double"}
 PER_THREAD: Final = 1 << 18
@@ -47,8 +47,14 @@ def library() -> ctypes.CDLL:
         function.argtypes = [
             ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_double, ctypes.c_double, ctypes.c_void_p, ctypes.c_uint64
         ]  # fmt: skip
-        function.restype = None
+        function.restype = ctypes.c_uint64
     return found
+
+
+def check(parameters: Iterable[Tensor]) -> None:
+    """`ImportError` where the compiled functions are missing and some parameter needs them: now, and not when the penalty sets in."""
+    if any(p.device.type == "cpu" and p.dtype in _FUNCTIONS for p in parameters):
+        library()
 
 
 def described(parts: Sequence[Tensor]) -> ctypes.Array[Part] | None:
@@ -59,7 +65,7 @@ def described(parts: Sequence[Tensor]) -> ctypes.Array[Part] | None:
         return None
     found = (Part * len(parts))()
     for place, part in zip(found, parts, strict=True):
-        runs = _runs(part) if part.dtype == dtype and part.device.type == "cpu" else None
+        runs = _runs(part) if part.dtype == dtype and part.device.type == "cpu" and part.dim() > 0 else None
         if runs is None:
             return None
         place.data, place.neuron_stride = part.data_ptr(), part.stride(0)
@@ -67,14 +73,16 @@ def described(parts: Sequence[Tensor]) -> ctypes.Array[Part] | None:
     return found
 
 
-def shrink_(parts: ctypes.Array[Part], factors: Tensor, *, cut: float, threshold: float) -> None:
+def shrink_(parts: ctypes.Array[Part], factors: Tensor, *, cut: float, threshold: float) -> int:
     """Where |s| > threshold, s = S(x, cut) over all parts of a neuron, x becomes (1 - threshold / |s|) s, in place; other neurons are left
-    as they are. factors: (N,), of the parts' type; becomes what each neuron was multiplied with, 0 for those others."""
+    as they are. factors: (N,), of the parts' type; becomes what each neuron was multiplied with, 0 for those others. Returns how many
+    those are."""
     entries = len(factors) * sum(part.blocks * part.run for part in parts)
     num_threads = max(1, min(torch.get_num_threads(), entries // PER_THREAD))
-    getattr(library(), _FUNCTIONS[factors.dtype])(
+    num_zero: int = getattr(library(), _FUNCTIONS[factors.dtype])(
         ctypes.addressof(parts), len(parts), len(factors), cut, threshold, factors.data_ptr(), num_threads
     )
+    return num_zero
 
 
 def _runs(part: Tensor) -> tuple[int, int, int] | None:
@@ -88,7 +96,13 @@ def _runs(part: Tensor) -> tuple[int, int, int] | None:
         else:
             merged.append((stride, size))
     run = merged.pop()[1] if merged and merged[-1][0] == 1 else 1
-    if len(merged) > 1 or any(stride < 1 for stride, _ in merged):
+    if len(merged) > 1:
         return None
     stride, blocks = merged[0] if merged else (0, 1)
+    end = 1
+    # An entry that two positions share would be shrunk twice.
+    for stride_of, size in sorted([(1, run), (stride, blocks), (part.stride(0), len(part))]):
+        if size > 1 and stride_of < end:
+            return None
+        end = max(end, stride_of * size)
     return blocks, stride, run

@@ -5,13 +5,14 @@
 // threads, or the neuron's place; compiled without contraction to fused multiply-adds for the same reason.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)  // where functions are chosen when they are loaded
 #define VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VECTORS
@@ -85,44 +86,56 @@ T norm_of(const Part* parts, uint64_t num_parts, uint64_t neuron, T cut) {
     return static_cast<T>(std::sqrt(total));
 }
 
-// Neurons begin to end: factors of all; those whose factor is not 0 are shrunk, the others left as they are.
+// Neurons begin to end: factors of all; those whose factor is not 0 are shrunk, the others left as they are. Returns how many others.
 template <typename T>
-void shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, T cut, T threshold, T* factors) {
+uint64_t shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, T cut, T threshold, T* factors) {
+    uint64_t num_zero = 0;
     for (uint64_t n = begin; n < end; ++n) {
         const T norm = norm_of(parts, num_parts, n, cut);
         const T factor = norm <= threshold ? T(0) : (norm - threshold) / norm;  // NaN stays NaN
         factors[n] = factor;
-        if (factor == 0) continue;
+        if (factor == 0) {
+            ++num_zero;
+            continue;
+        }
         for (const Part* part = parts; part < parts + num_parts; ++part) {
             T* row = static_cast<T*>(part->data) + n * part->neuron_stride;
             for (uint64_t b = 0; b < part->blocks; ++b) scale(row + b * part->block_stride, part->run, cut, factor);
         }
     }
+    return num_zero;
 }
 
 template <typename T>
-void shrink_all(const Part* parts, uint64_t num_parts, uint64_t num_neurons, T cut, T threshold, T* factors, uint64_t num_threads) {
-    std::vector<std::thread> others;
+uint64_t shrink_all(const Part* parts, uint64_t num_parts, uint64_t num_neurons, T cut, T threshold, T* factors, uint64_t num_threads) {
     const uint64_t share = (num_neurons + num_threads - 1) / num_threads;
-    for (uint64_t begin = share; begin < num_neurons; begin += share)
-        others.emplace_back([=] { shrink(parts, num_parts, begin, std::min(num_neurons, begin + share), cut, threshold, factors); });
-    shrink(parts, num_parts, 0, std::min(num_neurons, share), cut, threshold, factors);
+    std::atomic<uint64_t> num_zero{0};
+    std::vector<std::thread> others;
+    uint64_t begin = 0;  // what nobody else does is done here
+    try {
+        others.reserve(num_threads);
+        for (; begin + share < num_neurons; begin += share)
+            others.emplace_back([=, &num_zero] { num_zero += shrink(parts, num_parts, begin, begin + share, cut, threshold, factors); });
+    } catch (...) {  // the system has no thread left
+    }
+    num_zero += shrink(parts, num_parts, begin, num_neurons, cut, threshold, factors);
     for (std::thread& other : others) other.join();
+    return num_zero;
 }
 
 }  // namespace
 
 extern "C" {
 
-int32_t dist_gsl_proximal_version() { return 1; }
+int32_t dist_gsl_proximal_version() { return 2; }
 
-void dist_gsl_shrink_float(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, float* factors,
-                           uint64_t num_threads) {
-    shrink_all<float>(parts, num_parts, num_neurons, static_cast<float>(cut), static_cast<float>(threshold), factors, num_threads);
+uint64_t dist_gsl_shrink_float(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, float* factors,
+                               uint64_t num_threads) noexcept {
+    return shrink_all<float>(parts, num_parts, num_neurons, static_cast<float>(cut), static_cast<float>(threshold), factors, num_threads);
 }
 
-void dist_gsl_shrink_double(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, double* factors,
-                            uint64_t num_threads) {
-    shrink_all<double>(parts, num_parts, num_neurons, cut, threshold, factors, num_threads);
+uint64_t dist_gsl_shrink_double(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, double* factors,
+                                uint64_t num_threads) noexcept {
+    return shrink_all<double>(parts, num_parts, num_neurons, cut, threshold, factors, num_threads);
 }
 }

@@ -61,7 +61,7 @@ class PathConfig:
     def trunk(self, train: TrainConfig, number: int) -> TrainConfig:
         """The trunk up to strength `number`, counted from 1; 0 is its dense part."""
         dense = train.epochs - self.finish_epochs
-        return replace(train, epochs=dense + number * self.step_epochs, schedule="constant", shrink=_shrink(train))
+        return replace(train, epochs=dense + number * self.step_epochs, schedule="constant")
 
     def num_epochs(self, train: TrainConfig, number: int) -> int:
         """Of a path with so many strengths, all parts together."""
@@ -70,11 +70,7 @@ class PathConfig:
     def branch(self, train: TrainConfig, number: int) -> TrainConfig:
         """From there to its network: the learning rate falls along half a cosine."""
         begin = self.trunk(train, number).epochs
-        return replace(train, epochs=begin + self.finish_epochs, schedule="cosine", warmup_epochs=float(begin), shrink=_shrink(train))
-
-
-def _shrink(train: TrainConfig) -> str:
-    return "epoch" if train.shrink == "never" else train.shrink
+        return replace(train, epochs=begin + self.finish_epochs, schedule="cosine", warmup_epochs=float(begin))
 
 
 def at_strength(penalty: PenaltyConfig, value: float) -> PenaltyConfig:

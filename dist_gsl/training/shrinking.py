@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_gsl.penalty import row_norms
 from dist_gsl.removal import Removal
-from dist_gsl.training.watch import DivergedError, is_finite
+from dist_gsl.training.watch import CommonError, DivergedError, is_finite
 
 if TYPE_CHECKING:
     from dist_gsl.neurons import NeuronLayer, Neurons
@@ -68,13 +68,12 @@ def removable_percent(neurons: Neurons) -> float:
 
 def shrink(state: RunState, rule: Rule, step: int, *, epoch_ends: bool = False) -> bool:
     """Removes what died if the rule says so; whether it did. Every process calls it after every step and at the end of every epoch."""
-    if not rule.is_asked(step, epoch_ends=epoch_ends):
+    if state.stays_whole or len(state.neurons) == 0 or not rule.is_asked(step, epoch_ends=epoch_ends):
         return False
     agree(state)
     if not rule.is_due(state.neurons, epoch_ends=epoch_ends):
         return False
-    state.shrink()
-    return True
+    return state.shrink()
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def agree(state: RunState) -> None:
 
     Gradients are reduced to the same bits everywhere, but what follows is each process's own arithmetic, and processors differ. Where a
     neuron died in one process alone and is within rounding of it in the others, all take the first process's state; a larger difference is
-    a `RuntimeError` in all of them that names the layer. `DivergedError` where a parameter is not finite.
+    a `CommonError` in all of them that names the layer. `DivergedError` where a parameter is not finite.
     """
     neurons = state.neurons
     layers = list(neurons)
@@ -104,7 +103,7 @@ def agree(state: RunState) -> None:
     if not_finite:
         raise DivergedError.at(state.position, "a parameter is not finite")
     if beyond:
-        raise RuntimeError(
+        raise CommonError(
             f"layer {layers[len(layers) - beyond].name!r}: processes differ in which neurons are dead, by more than rounding; "
             "do all nodes run the same versions, from the same parameters?"
         )

@@ -6,11 +6,13 @@ Imports torch alone.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -118,6 +120,8 @@ class RunState:
     """Of a step over all processes; stays when their number changes."""
     rate_factor: float = 1.0
     """Of the learning rate; halved by each return to a checkpoint after the training diverged."""
+    stays_whole: bool = False
+    """The dead could not be removed from training, and are not tried again."""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -128,17 +132,26 @@ class RunState:
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
-    def shrink(self) -> None:
+    def shrink(self) -> bool:
         """Removes the dead neurons from all that the next step reads; training goes on as it would have with them. Every process of the
         group calls it, with the same masks.
 
-        `RuntimeError`, with everything as it was, where the smaller network does not compute the same.
+        Where the smaller network does not compute the same in one of them, all keep the dead for good, with a warning: False.
         """
-        averaged = None
-        if self.average is not None:
-            check_dead_are_zero(self.average.module, self.neurons)
-            averaged = Removal(self.neurons).model(self.average.module).state_dict()
-        smaller = compact(self.model, self.neurons, self.optimizer)
+        averaged, smaller, problem = None, None, ""
+        try:
+            if self.average is not None:
+                check_dead_are_zero(self.average.module, self.neurons)
+                averaged = Removal(self.neurons).model(self.average.module).state_dict()
+            smaller = compact(self.model, self.neurons, self.optimizer)
+        except RuntimeError as error:
+            problem = " ".join(str(error).split())
+        failed = torch.tensor(int(smaller is None), device=self.setup.device)
+        dist.all_reduce(failed)
+        if smaller is None or int(failed):
+            self.stays_whole = True
+            warnings.warn(f"the dead stay in training: {problem or 'another process could not remove them'}", stacklevel=2)
+            return False
         assert smaller.optimizer_state is not None
         was_training = self.model.training
         model, neurons = smaller.model, smaller.neurons
@@ -151,6 +164,7 @@ class RunState:
         self.average = self.setup.average(model, neurons, averaged)
         self.optimizer.load_state_dict(smaller.optimizer_state)
         self.optimizer._warned = warned
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts alone, so that `torch.load` reads it with `weights_only`.

@@ -98,8 +98,8 @@ def search(
     return folder
 
 
-FREE = ("workers.", "train.checkpoint_", "train.on_divergence")
-"""Fields that may change when a search is gone on with: no number that training computes depends on them."""
+FREE = ("workers.", "train.checkpoint_", "train.on_divergence", "train.shrink")
+"""Fields that may change when a search is gone on with: no number that training computes depends on them, but by rounding."""
 
 
 def _check_folder(folder: SearchFolder, settings: SearchSettings, *, resume: bool) -> None:

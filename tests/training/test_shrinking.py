@@ -184,3 +184,20 @@ def test_revivable_neurons_stay() -> None:
     _, records = trained(replace(TRAIN, shrink="epoch"), replace(PENALTY, revive=True))
     assert records[-1]["neurons"] > 0
     assert len({record["parameters"] for record in records}) == 1
+
+
+def test_what_cannot_be_removed_stays_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, expected = trained(replace(TRAIN, shrink="never"))
+    tries = []
+
+    def refuse(*_: Any) -> None:
+        tries.append(1)
+        raise RuntimeError("compact: the outputs differ by 0.5")
+
+    monkeypatch.setattr("dist_gsl.training.state.compact", refuse)
+    with pytest.warns(UserWarning, match="the dead stay in training: compact: the outputs differ by 0.5"):
+        state, records = trained(replace(TRAIN, shrink="epoch"))
+    assert len(tries) == 1
+    assert records[-1]["neurons"] > 0
+    assert [record["val_loss"] for record in records] == [record["val_loss"] for record in expected]
+    assert equal(state, whole)
