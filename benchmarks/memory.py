@@ -1,0 +1,69 @@
+"""The largest memory of a training process, with what this project adds and without.
+
+    python benchmarks/memory.py [--networks dec3 bnet-c resnet18]
+
+Each is a process of its own that trains five steps of a network of this library by DDP, momentum on, and tells its peak (resident, MiB): torch's SGD
+alone; or the network's neurons found, the penalty, and the optimizer in DDP's hook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+NETWORKS = ("dec3", "bnet-c", "resnet18")
+STEPS = 5
+
+
+def train(name: str, how: str) -> None:
+    """Prints the process's peak in KiB."""
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.step import NETWORKS, step_of
+    from dist_gsl import create_model
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    arguments, shape, classes = NETWORKS[name]
+    model = create_model(name, num_classes=classes, **arguments)
+    step = step_of(model, (torch.randn(shape), torch.randint(classes, shape[:1])), bucket_mb=25.0, how=how, alpha=0.5)
+    for _ in range(STEPS):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train(*options.train)
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    print("| network | torch's SGD, MiB | with neurons, penalty and hook | ratio |\n|---|---|---|---|")
+    for name in options.networks:
+        peaks = {
+            how: statistics.median(
+                int(subprocess.run([sys.executable, __file__, "--train", name, how], env=environment, check=True, stdout=subprocess.PIPE).stdout)
+                for _ in range(options.repeats)
+            )
+            for how in ("sgd", "within")
+        }  # fmt: skip
+        print(f"| {name} | {peaks['sgd'] / 1024:.0f} | {peaks['within'] / 1024:.0f} | {peaks['within'] / peaks['sgd']:.3f} |", flush=True)
+    print(f"median of {options.repeats}; command: {' '.join(sys.argv)}")
+
+
+if __name__ == "__main__":
+    main()

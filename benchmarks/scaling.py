@@ -1,0 +1,65 @@
+"""Two workers on two cores against one on one, the same batch a worker: how much more they train.
+
+    torchrun --nproc-per-node 2 --standalone benchmarks/scaling.py [--networks dec3 resnet18 dec8-768]
+
+Each worker has a core of its own. In turns in one run, all train a step together, or the first alone while the others wait: how many times the
+images a second. Gradients go over gloo, the proximal step runs within backward, the penalty so weak that nothing dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.pairs import AT_LEAST, ratio_of, timed
+from benchmarks.step import NETWORKS, step_of
+from dist_gsl import create_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--pairs", type=int, default=AT_LEAST)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < workers:
+        raise SystemExit(f"scaling: {workers} workers need a core each, there are {len(cores)}")
+    os.sched_setaffinity(0, {cores[rank]})
+    torch.set_num_threads(1)
+    alone = dist.new_group([0])
+    if rank == 0:
+        print(f"| network | a worker's batch | images a second, {workers} workers over 1 | step of one, ms | of all, ms |\n|---|---|---|---|---|")
+    for name in options.networks:
+        arguments, shape, classes = NETWORKS[name]
+        torch.manual_seed(0)
+        model = create_model(name, num_classes=classes, **arguments)
+        batch = torch.randn(shape), torch.randint(classes, shape[:1])
+        together = step_of(model, batch, bucket_mb=25.0, how="within", alpha=0.0)
+        solo = step_of(model, batch, bucket_mb=25.0, how="within", alpha=0.0, group=alone) if rank == 0 else lambda: None
+        seconds: dict[Any, list[float]] = {solo: [], together: []}
+        for number in range(options.pairs + 3):
+            for step in (solo, together) if number % 2 else (together, solo):
+                taken = timed(step, dist.barrier)
+                if number >= 3:
+                    seconds[step].append(taken)
+        if rank == 0:
+            found = ratio_of([workers * each for each in seconds[solo]], seconds[together])
+            print(f"| {name} | {shape[0]} | {found} | {1e3 * found.seconds / workers:.1f} | {1e3 * found.other_seconds:.1f} |", flush=True)
+    if rank == 0:
+        print(f"{options.pairs} pairs, torch {torch.__version__}; command: torchrun --nproc-per-node {workers} --standalone {' '.join(sys.argv)}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
