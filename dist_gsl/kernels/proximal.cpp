@@ -17,6 +17,7 @@
 #else
 #define VECTORS
 #endif
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // into each of those functions
 
 namespace {
 
@@ -30,13 +31,17 @@ constexpr uint64_t LANES = 64;  // four registers of the widest kind
 constexpr uint64_t CHUNK = 4096;  // entries between two sums in double: lanes add few enough terms to stay as exact as pairwise sums
 
 template <typename T>
-inline T soft(T x, T cut) {
+ALWAYS_INLINE T soft(T x, T cut) {
     return x - std::min(std::max(x, -cut), cut);  // exactly 0 within [-cut, cut]; NaN stays NaN
 }
 
-// Sum of the squares of a run after soft-thresholding.
+// Sum of the squares of a run after soft-thresholding: entry i goes to lane i % LANES, then lanes are summed pairwise.
 template <typename T, bool IS_CUT>
-inline __attribute__((always_inline)) double squares_of(const T* x, uint64_t size, T cut) {
+ALWAYS_INLINE double squares(const T* x, uint64_t size, T cut) {
+    if (size == 1) {  // a bias, or of a BatchNorm pair
+        const T s = IS_CUT ? soft(x[0], cut) : x[0];
+        return s * s;
+    }
     double total = 0;
     for (uint64_t begin = 0; begin < size; begin += CHUNK) {
         const uint64_t end = std::min(size, begin + CHUNK);
@@ -51,47 +56,26 @@ inline __attribute__((always_inline)) double squares_of(const T* x, uint64_t siz
             const T s = IS_CUT ? soft(x[i + k], cut) : x[i + k];
             lanes[k] += s * s;
         }
-        for (uint64_t width = LANES / 2; width > 0; width /= 2)
+        uint64_t width = LANES / 2;
+        while (width >= end - begin) width /= 2;  // lanes from there on are 0
+        for (; width > 0; width /= 2)
             for (uint64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
         total += lanes[0];
     }
     return total;
 }
 
-template <typename T, bool IS_CUT>
-inline __attribute__((always_inline)) void scale_run(T* x, uint64_t size, T cut, T factor) {
-    for (uint64_t i = 0; i < size; ++i) x[i] = (IS_CUT ? soft(x[i], cut) : x[i]) * factor;
-}
-
-VECTORS double squares(const float* x, uint64_t size, float cut) {
-    return cut > 0 ? squares_of<float, true>(x, size, cut) : squares_of<float, false>(x, size, cut);
-}
-VECTORS double squares(const double* x, uint64_t size, double cut) {
-    return cut > 0 ? squares_of<double, true>(x, size, cut) : squares_of<double, false>(x, size, cut);
-}
-VECTORS void scale(float* x, uint64_t size, float cut, float factor) {
-    cut > 0 ? scale_run<float, true>(x, size, cut, factor) : scale_run<float, false>(x, size, cut, factor);
-}
-VECTORS void scale(double* x, uint64_t size, double cut, double factor) {
-    cut > 0 ? scale_run<double, true>(x, size, cut, factor) : scale_run<double, false>(x, size, cut, factor);
-}
-
-template <typename T>
-T norm_of(const Part* parts, uint64_t num_parts, uint64_t neuron, T cut) {
-    double total = 0;
-    for (const Part* part = parts; part < parts + num_parts; ++part) {
-        const T* row = static_cast<const T*>(part->data) + neuron * part->neuron_stride;
-        for (uint64_t b = 0; b < part->blocks; ++b) total += squares(row + b * part->block_stride, part->run, cut);
-    }
-    return static_cast<T>(std::sqrt(total));
-}
-
 // Neurons begin to end: factors of all; those whose factor is not 0 are shrunk, the others left as they are. Returns how many others.
-template <typename T>
-uint64_t shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, T cut, T threshold, T* factors) {
+template <typename T, bool IS_CUT>
+ALWAYS_INLINE uint64_t shrink_by(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, T cut, T threshold, T* factors) {
     uint64_t num_zero = 0;
     for (uint64_t n = begin; n < end; ++n) {
-        const T norm = norm_of(parts, num_parts, n, cut);
+        double total = 0;
+        for (const Part* part = parts; part < parts + num_parts; ++part) {
+            const T* row = static_cast<const T*>(part->data) + n * part->neuron_stride;
+            for (uint64_t b = 0; b < part->blocks; ++b) total += squares<T, IS_CUT>(row + b * part->block_stride, part->run, cut);
+        }
+        const T norm = static_cast<T>(std::sqrt(total));
         const T factor = norm <= threshold ? T(0) : (norm - threshold) / norm;  // NaN stays NaN
         factors[n] = factor;
         if (factor == 0) {
@@ -100,10 +84,23 @@ uint64_t shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t 
         }
         for (const Part* part = parts; part < parts + num_parts; ++part) {
             T* row = static_cast<T*>(part->data) + n * part->neuron_stride;
-            for (uint64_t b = 0; b < part->blocks; ++b) scale(row + b * part->block_stride, part->run, cut, factor);
+            for (uint64_t b = 0; b < part->blocks; ++b) {
+                T* x = row + b * part->block_stride;
+                for (uint64_t i = 0; i < part->run; ++i) x[i] = (IS_CUT ? soft(x[i], cut) : x[i]) * factor;
+            }
         }
     }
     return num_zero;
+}
+
+// One function for each type, so that the choice of a processor's version is made once for all neurons.
+VECTORS uint64_t shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, float cut, float threshold, float* factors) {
+    return cut > 0 ? shrink_by<float, true>(parts, num_parts, begin, end, cut, threshold, factors)
+                   : shrink_by<float, false>(parts, num_parts, begin, end, cut, threshold, factors);
+}
+VECTORS uint64_t shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, double cut, double threshold, double* factors) {
+    return cut > 0 ? shrink_by<double, true>(parts, num_parts, begin, end, cut, threshold, factors)
+                   : shrink_by<double, false>(parts, num_parts, begin, end, cut, threshold, factors);
 }
 
 template <typename T>
