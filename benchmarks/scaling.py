@@ -1,9 +1,9 @@
 """Two workers on two cores against one on one, the same batch a worker: how much more they train.
 
-    torchrun --nproc-per-node 2 --standalone benchmarks/scaling.py [--networks dec3 resnet18 dec8-768]
+    torchrun --nproc-per-node 2 --standalone benchmarks/scaling.py [--networks dec3 resnet18]
 
-Each worker has a core of its own. In turns in one run, all train a step together, or the first alone while the others wait: how many times the
-images a second. Gradients go over gloo, the proximal step runs within backward, the penalty so weak that nothing dies.
+In turns in one run, all train a step together, or the first alone while the others wait: how many times the images a
+second. A worker computes with one thread. Gradients go over gloo, the proximal step runs within backward, the penalty so weak that nothing dies.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--pairs", type=int, default=AT_LEAST)
+    parser.add_argument("--pin", action="store_true", help="all threads of a worker, gloo's too, on a core of its own")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     rank, workers = dist.get_rank(), dist.get_world_size()
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < workers:
-        raise SystemExit(f"scaling: {workers} workers need a core each, there are {len(cores)}")
-    os.sched_setaffinity(0, {cores[rank]})
+    if len(os.sched_getaffinity(0)) < workers:
+        raise SystemExit(f"scaling: {workers} workers need a core each, there are {len(os.sched_getaffinity(0))}")
+    if options.pin:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
     alone = dist.new_group([0])
     if rank == 0:
