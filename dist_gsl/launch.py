@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_gsl import data, storage
+from dist_gsl import data, kernels, storage
 from dist_gsl.config import RunConfig
 from dist_gsl.neurons import Neurons
 from dist_gsl.runs import CHECKPOINTS, RunFolder
@@ -70,6 +70,7 @@ def prepare(config: RunConfig, *, progress: Callable[[str, int, int], None] | No
     """Writes a config's betons where no folder of them is named, and refuses here what would fail in every worker, late
     and far away: the starting network's neurons."""
     check_machine(config.workers)
+    kernels.library()
     directory = data.prepare(config.data, progress=progress).absolute()
     for split in ("train", "val"):
         data.check(directory / f"{split}.beton")

@@ -39,7 +39,7 @@ class ProximalSGD(torch.optim.Optimizer):
     or dies as a whole.
 
     `ValueError` where a neuron's parameters are missing, lie in groups of different learning rates, or are not float32
-    or float64. `ImportError` where the compiled proximal step is missing.
+    or float64. `NotCompiledError` where the compiled proximal step is missing.
     """
 
     def __init__(

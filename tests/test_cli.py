@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_gsl import kernels
 from dist_gsl.cli import main
 from dist_gsl.training.path import PathConfig
 
@@ -107,6 +108,19 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main(arguments)
     assert stop.value.code == 0
     assert "dist-gsl" in capsys.readouterr().out
+
+
+def test_a_missing_compiled_step_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "MODULE", "_dist_gsl_nowhere")
+    kernels.library.cache_clear()
+    try:
+        assert main(["train", "digits", "--runs", str(tmp_path / "runs"), "--data.dir", str(tmp_path / "data"), "--no-tracking"]) == 1
+    finally:
+        kernels.library.cache_clear()
+    assert capsys.readouterr().err.startswith("dist-gsl: error: the proximal step _dist_gsl_nowhere is missing: install the same dist_gsl here")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_lists_the_recipes_and_their_fields(capsys: pytest.CaptureFixture[str]) -> None:

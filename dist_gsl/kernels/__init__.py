@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from dist_gsl import compiled
 
 MODULE: Final = "_dist_gsl_proximal"
 VERSION: Final = 2
@@ -33,15 +34,8 @@ class Part(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled functions. `ImportError` where they are missing, or of another version than this code."""
-    remedy = "install the same dist_gsl here and on every node (pip compiles it: a compiler is needed)"
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"the proximal step {MODULE} is missing: {remedy}")
-    found = ctypes.CDLL(spec.origin)
-    installed = found.dist_gsl_proximal_version()
-    if installed != VERSION:
-        raise ImportError(f"the proximal step {spec.origin} is of version {installed}, this code needs {VERSION}: {remedy}")
+    """The compiled functions. `NotCompiledError` where they are missing, or of another version than this code."""
+    found = compiled.load(MODULE, what="the proximal step", version=VERSION, version_function="dist_gsl_proximal_version")
     for name in _FUNCTIONS.values():
         function: Any = getattr(found, name)
         function.argtypes = [
@@ -52,7 +46,7 @@ def library() -> ctypes.CDLL:
 
 
 def check(parameters: Iterable[Tensor]) -> None:
-    """`ImportError` where the compiled functions are missing and some parameter needs them: now, and not when the penalty sets in."""
+    """`NotCompiledError` where the compiled functions are missing and some parameter needs them: now, and not when the penalty sets in."""
     if any(p.device.type == "cpu" and p.dtype in _FUNCTIONS for p in parameters):
         library()
 

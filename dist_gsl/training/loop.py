@@ -183,7 +183,7 @@ def _forward_and_backward(state: RunState, config: TrainConfig, images: Tensor, 
         with contextlib.nullcontext() if is_last and i + 1 == parts else state.ddp.no_sync():
             with torch.autocast(some.device.type, torch.bfloat16, enabled=config.autocast):
                 outputs = state.ddp(some)
-            loss = sum_loss(outputs.float(), theirs, config)
+            loss = sum_loss(_precise(outputs), theirs, config)
             loss.backward()
         totals += torch.stack(
             [
@@ -193,6 +193,11 @@ def _forward_and_backward(state: RunState, config: TrainConfig, images: Tensor, 
             ]
         )
     return totals
+
+
+def _precise(outputs: Tensor) -> Tensor:
+    """A loss takes more than the bits of bfloat16, and no fewer than the network has."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def sum_loss(outputs: Tensor, targets: Tensor, config: TrainConfig) -> Tensor:
@@ -212,7 +217,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], config: TrainConfig, *, devi
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top 1, top 5, samples
     for batch in data:
-        outputs = model(batch.images.to(device)).float()
+        outputs = _precise(model(batch.images.to(device)))
         targets = batch.targets.to(device)
         loss = (
             F.mse_loss(outputs, targets, reduction="sum")

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 import dist_gsl
-from dist_gsl import data, storage
+from dist_gsl import data, kernels, storage
+from dist_gsl.compiled import NotCompiledError
 from dist_gsl.config import RunConfig
+from dist_gsl.data import native
 from dist_gsl.storage import StorageAwayError
 from dist_gsl.training import path, session
 from dist_gsl.training.checkpoint import PATIENCE_S, Checkpoints, patiently
@@ -138,6 +140,11 @@ def _unseen(folder: str, file: str, data_config: data.DataConfig, *, rank: int, 
     Without this a run would fail at its first checkpoint, an epoch late.
     """
     node = ray.util.get_node_ip_address()
+    try:
+        kernels.library()
+        native.library()
+    except NotCompiledError as error:
+        return f"node {node}: {error}"
     try:
         patiently(lambda: _check_seen(folder, file, node, rank), lambda text: warnings.warn(text, stacklevel=2), patience_s=patience_s)
     except StorageAwayError as error:

@@ -5,13 +5,14 @@ a cluster finds the one that is installed there.
 """
 
 import ctypes
-import importlib.util
 from enum import IntEnum
 from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dist_gsl import compiled
 
 MODULE: Final = "_dist_gsl_decode"
 VERSION: Final = 3
@@ -57,16 +58,12 @@ def library() -> ctypes.CDLL:
       bad sample) -> status;
     - ``dist_gsl_verify``: (file, its bytes, rows, their stride, sizes, begin, end, is it in colour, settings, bad sample) -> status.
 
-    `ImportError` where they are missing, or of another version than this code.
+    `NotCompiledError` where they are missing, or of another version than this code.
     """
-    remedy = "install the same dist_gsl here and on every node (pip compiles it: a compiler and the headers of libjpeg and libdeflate are needed)"
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"the decoder {MODULE} is missing: {remedy}")
-    found = ctypes.CDLL(spec.origin)
-    installed = found.dist_gsl_decode_version()
-    if installed != VERSION:
-        raise ImportError(f"the decoder {spec.origin} is of version {installed}, this code needs {VERSION}: {remedy}")
+    found = compiled.load(
+        MODULE, what="the decoder", version=VERSION, version_function="dist_gsl_decode_version",
+        needs="a compiler, with the headers of libjpeg and libdeflate,",
+    )  # fmt: skip
     address, u64, u32, i32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32
     function: Any
     for function, arguments in (
