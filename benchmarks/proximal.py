@@ -69,8 +69,7 @@ def main() -> None:
 
             @torch.no_grad()
             def step(optimizer: ProximalSGD = optimizer, neurons: Any = neurons) -> None:
-                for layer in neurons:
-                    optimizer.prox_(layer)
+                optimizer.prox_(neurons)
 
             def each(way: Callable[..., None], layers: Any = layers, alpha: float = alpha) -> None:
                 for layer, parts in layers:

@@ -57,7 +57,7 @@ def step_of(
     def step() -> None:
         optimizer.zero_grad()
         if how == "within":
-            proximal.set_num_samples(len(targets))
+            proximal.set_num_samples(len(targets), total=len(targets) * dist.get_world_size(group))
         F.cross_entropy(ddp(images), targets, reduction="sum" if how == "within" else "mean").backward()
         if how != "within":
             optimizer.step()

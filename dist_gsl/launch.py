@@ -70,7 +70,7 @@ def prepare(config: RunConfig, *, progress: Callable[[str, int, int], None] | No
     """Writes a config's betons where no folder of them is named, and refuses here what would fail in every worker, late
     and far away: the starting network's neurons."""
     check_machine(config.workers)
-    kernels.library()
+    kernels.cpu.library()
     directory = data.prepare(config.data, progress=progress).absolute()
     for split in ("train", "val"):
         data.check(directory / f"{split}.beton")

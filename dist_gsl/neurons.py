@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+
+from dist_gsl.kernels import Rows
 
 OUTPUTS = "its neurons are the network's outputs"
 """Why the last layer is pinned."""
@@ -59,6 +61,10 @@ class Slice:
             block = front.index_select(0, self.index.flatten().to(tensor.device))
         return block if self.index.shape[1] == 1 else block.unflatten(0, tuple(self.index.shape))
 
+    def of(self, tensor: Tensor) -> Rows:
+        """The same of a tensor, as the kernels take it."""
+        return Rows(tensor, self.dim, self.index, self.is_block)
+
     def write_(self, tensor: Tensor, rows: Tensor) -> None:
         """Writes back rows that were a copy."""
         if not self.is_block:
@@ -92,6 +98,25 @@ class Draw:
     """int64 (num_neurons, k)."""
 
 
+class _Mask:
+    """A layer's mask. Where a device has killed neurons that the host has not heard of, who reads it waits for that."""
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> _Mask: ...
+    @overload
+    def __get__(self, layer: NeuronLayer, owner: type) -> Tensor: ...
+    def __get__(self, layer: NeuronLayer | None, owner: type) -> Tensor | _Mask:
+        if layer is None:
+            raise AttributeError("mask")  # which tells dataclass that there is no default
+        if (ask := layer.__dict__.get("_ask")) is not None:
+            ask()
+        mask: Tensor = layer.__dict__["_mask"]
+        return mask
+
+    def __set__(self, layer: NeuronLayer, mask: Tensor) -> None:
+        layer.__dict__["_mask"] = mask
+
+
 @dataclass
 class NeuronLayer:
     """The neurons of one layer, and what of the model belongs to them."""
@@ -112,8 +137,8 @@ class NeuronLayer:
     """Neurons in the starting network."""
     indices: Tensor
     """int64 (num_neurons,): each neuron's number in the starting network."""
-    mask: Tensor
-    """bool (num_neurons,): True is alive. Death is this mask, never inferred from zeros."""
+    mask: _Mask = _Mask()
+    """bool (num_neurons,), a tensor on the CPU: True is alive. Death is this mask, never inferred from zeros."""
     pinned: str | None = None
     """Why these neurons cannot be removed; None: they can."""
     partners: tuple[str, ...] = ()
@@ -126,7 +151,11 @@ class NeuronLayer:
 
     @property
     def num_neurons(self) -> int:
-        return len(self.mask)
+        return len(self.indices)
+
+    def ask_first(self, ask: Callable[[], None] | None) -> None:
+        """`ask` is called before somebody reads the mask; None: nothing is to be asked any more."""
+        self.__dict__["_ask"] = ask
 
     def alive(self) -> Tensor:
         """bool (num_neurons,), a copy."""
@@ -201,6 +230,18 @@ class Neurons:
         the dead is folded into their biases too.
         """
         (self._models if is_model else self._copies).append(tensors)
+
+    @property
+    def num_copies(self) -> int:
+        """How many were registered."""
+        return len(self._copies) + len(self._models)
+
+    def everywhere(self) -> Iterator[tuple[bool, Mapping[str, Tensor]]]:
+        """(is it the model itself, tensors by name) of all that a death clears."""
+        yield True, self._parameters
+        for copies in (*self._models[1:], *self._copies):
+            for tensors in copies():
+                yield False, tensors
 
     @torch.no_grad()
     def zero_(self, neurons: Mapping[str, Iterable[int] | Tensor]) -> None:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dist_gsl import kernels
-
 if TYPE_CHECKING:
     from dist_gsl.neurons import Neurons
 
@@ -99,47 +97,44 @@ class SparseGroupLasso:
             total = total.to(group) + beta * ((1 - alpha) * group + alpha * l1)
         return total
 
+    def limits(self, layer: str, step: int, *, t: float, group_size: int) -> tuple[float, float, float]:
+        """(cut, threshold, beta) of a layer's proximal step: s = S(x, cut), z = max(0, 1 - threshold / |s|) s."""
+        beta, alpha = self.strength(layer, step)
+        return t * alpha * beta, t * (1 - alpha) * beta * math.sqrt(group_size), beta
+
     def prox_(
         self, parts: Sequence[Tensor], *, layer: str, step: int, t: float, group_size: int, min_alive: int = 0
     ) -> Prox:
-        """Applies the proximal operator of t r to the neurons of one layer, in place.
+        """Applies the proximal operator of t r to the neurons of one layer, in place, by torch's operations.
 
         parts: tensors (N, ...) that together hold the layer's neurons, one neuron a row. With `min_alive` at least that
         many neurons stay: the strongest of those that would be set to zero are left as they are.
         """
-        beta, alpha = self.strength(layer, step)
+        cut, threshold, beta = self.limits(layer, step, t=t, group_size=group_size)
         if t * beta == 0:
             return Prox(dead=None, kept_by_force=False, beta=beta)
-        cut, threshold = t * alpha * beta, t * (1 - alpha) * beta * math.sqrt(group_size)
-        described = kernels.described(parts)
-        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-            raise RuntimeError("prox_ changes parameters in place; call it under torch.no_grad()")
-        if described is None:
-            shrunk = [soft_threshold(part, cut) for part in parts] if cut > 0 else list(parts)
-            factors = shrink_factors(row_norms(shrunk), threshold)
-        else:
-            factors = parts[0].new_empty(len(parts[0]))
-            torch.autograd.graph.increment_version(parts)
-            if kernels.shrink_(described, factors, cut=cut, threshold=threshold) == 0:
-                return Prox(dead=None, kept_by_force=False, beta=beta)
-        dead = factors == 0
-        missing = min_alive - int((~dead).sum()) if min_alive else 0
-        kept = None
-        if missing > 0:
-            norms = row_norms(parts).masked_fill_(~dead, -1)
-            kept = norms.topk(min(missing, int(dead.sum()))).indices
-            dead[kept] = norms[kept] == 0  # a neuron that was zero before stays dead
-        if described is None:
-            for part, s in zip(parts, shrunk, strict=True):
-                saved = None if kept is None else part[kept].clone()
-                torch.mul(s, factors.view(-1, *[1] * (part.dim() - 1)), out=part)
-                if saved is not None:
-                    part[kept] = saved
-        else:
-            which = dead.nonzero().flatten()
-            for part in parts if len(which) else []:
-                part.index_fill_(0, which, 0)
+        shrunk = [soft_threshold(part, cut) for part in parts] if cut > 0 else list(parts)
+        factors = shrink_factors(row_norms(shrunk), threshold)
+        dead, kept = dying(parts, factors, min_alive=min_alive)
+        for part, s in zip(parts, shrunk, strict=True):
+            saved = None if kept is None else part[kept].clone()
+            torch.mul(s, factors.view(-1, *[1] * (part.dim() - 1)), out=part)
+            if saved is not None:
+                part[kept] = saved
         return Prox(dead=dead, kept_by_force=kept is not None, beta=beta)
+
+
+def dying(parts: Sequence[Tensor], factors: Tensor, *, min_alive: int) -> tuple[Tensor, Tensor | None]:
+    """Who is zero after a proximal step, bool (N,), and which of those that would be must stay for `min_alive`: the strongest, int64 (k,),
+    or None where enough are left. parts: before the step; factors: (N,), what it multiplies with."""
+    dead = factors == 0
+    missing = min_alive - int((~dead).sum()) if min_alive else 0
+    if missing <= 0:
+        return dead, None
+    norms = row_norms(parts).masked_fill_(~dead, -1)
+    kept = norms.topk(min(missing, int(dead.sum()))).indices
+    dead[kept] = norms[kept] == 0  # a neuron that was zero before stays dead
+    return dead, kept
 
 
 @dataclass(frozen=True)

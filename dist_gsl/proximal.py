@@ -1,26 +1,24 @@
-"""SGD with a proximal step: called by hand, or run by DDP as soon as a bucket of gradients is reduced.
+"""SGD with a proximal step: called by hand, or run by DDP as soon as a bucket of gradients is reduced (`hook`).
 
-One step is two phases. First every parameter takes its gradient step, and every neuron whose last part has arrived
-takes its proximal step; buckets finish last layer first and on several threads, so nothing here may depend on their
-order. Then, when all are done, neurons that reached zero are killed: momentum and readers are cleared, for good.
+One step is two phases. First every parameter takes its gradient step, and every layer whose parts have all arrived its
+proximal step. Then, when all are done, neurons that reached zero are killed: momentum and readers are cleared, for good.
 Imports torch alone.
 """
 
-import threading
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_gsl import kernels
+from dist_gsl.hook import InBackward
 from dist_gsl.neurons import NeuronLayer, Neurons, Slice
-from dist_gsl.penalty import Prox, SparseGroupLasso, row_norms
+from dist_gsl.operator import ProximalOperator
+from dist_gsl.penalty import SparseGroupLasso
 from dist_gsl.tracing import check_precision
 
 GROUPS = ("neurons", "branches")
@@ -79,9 +77,10 @@ class ProximalSGD(torch.optim.Optimizer):
             for piece in layer.readers:
                 if piece.absorber is not None:
                     self._reading.setdefault(neurons.parameter(piece.tensor), []).append((layer, piece))
-        self._proxes: dict[str, Prox] = {}
-        self._warned: set[str] = set()
-        self._backward: _InBackward | None = None
+        self._operator = ProximalOperator(
+            neurons, penalty, revive=revive, min_alive=min_alive, depth=depth, branches_are_groups=groups == "branches"
+        )
+        self._backward: InBackward | None = None
         self._opt_called = False  # read by torch's learning-rate schedulers
         neurons.register_copy(self._momentum)
 
@@ -100,12 +99,10 @@ class ProximalSGD(torch.optim.Optimizer):
                 loss = closure()
         self.begin_step()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update_(p, p.grad, group)
+            given = [p for p in group["params"] if p.grad is not None]
+            self.update_(given, [p.grad for p in given], group)
         if self.prox_is_due:
-            for layer in self.neurons:
-                self.prox_(layer)
+            self.prox_(self.neurons)
         self.finish_step()
         return loss
 
@@ -113,8 +110,7 @@ class ProximalSGD(torch.optim.Optimizer):
     def end_epoch(self) -> None:
         """Runs the proximal operator where `every` is "epoch"; call it at the end of each epoch. Else does nothing."""
         if self.every == "epoch":
-            for layer in self.neurons:
-                self.prox_(layer)
+            self.prox_(self.neurons)
             self._since_prox = [0.0] * len(self.param_groups)
             self.finish_step()
 
@@ -134,7 +130,7 @@ class ProximalSGD(torch.optim.Optimizer):
         be right (a GradScaler, clipping of the global norm, DDP's find_unused_parameters) the step is taken when
         backward has ended, and a warning says so.
         """
-        self._backward = _InBackward(self, ddp, max_grad_norm=max_grad_norm, scaler=scaler)
+        self._backward = InBackward(self, ddp, max_grad_norm=max_grad_norm, scaler=scaler)
 
     def detach(self) -> None:
         """Lets go of the DDP module that it was attached to, which cannot be trained with any more: the module's reducer holds the hook,
@@ -143,14 +139,15 @@ class ProximalSGD(torch.optim.Optimizer):
             self._backward.release()
             self._backward = None
 
-    def set_num_samples(self, num_samples: int) -> None:
+    def set_num_samples(self, num_samples: int, *, total: int | None = None) -> None:
         """Says that the next backward's gradient is of a sum over this many local samples (over all its accumulated
-        parts): it is divided by the number of samples of all workers, so that uneven batches weigh right."""
+        parts): it is divided by the number of samples of all workers, so that uneven batches weigh right. That number is summed over
+        the workers, or `total` where the caller knows it."""
         if self._backward is None:
             raise RuntimeError(
                 "ProximalSGD.set_num_samples divides in DDP's hook: call attach(ddp) first, or use a mean loss"
             )
-        self._backward.count_samples(num_samples)
+        self._backward.count_samples(num_samples, total)
 
     # --- the pieces of a step; both ways above run these and nothing else
 
@@ -160,22 +157,41 @@ class ProximalSGD(torch.optim.Optimizer):
         self._check_rates()
 
     @property
+    def warned(self) -> set[str]:
+        """Layers of which it was told that `min_alive` alone keeps neurons in them."""
+        return self._operator.warned
+
+    @property
     def prox_is_due(self) -> bool:
         return self.every != "epoch" and self.num_steps % (1 if self.every == "step" else int(self.every)) == 0
 
-    def update_(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """torch.optim.SGD's update of one parameter, in place."""
-        self.mask_gradient_(p, grad)
+    def update_(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """torch.optim.SGD's update of parameters of one group, in place, all at once."""
+        if not parameters:
+            return
+        if self._reading:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                self.mask_gradient_(p, gradient)
+        directions: Any = gradients
         if group["weight_decay"]:
-            grad = grad.add(p, alpha=group["weight_decay"])
+            directions = torch._foreach_add(directions, parameters, alpha=group["weight_decay"])
         if group["momentum"]:
-            buffer = self.state[p].get("momentum_buffer")
-            if buffer is None:
-                buffer = self.state[p]["momentum_buffer"] = grad.clone()
-            else:
-                buffer.mul_(group["momentum"]).add_(grad)
-            grad = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-        p.add_(grad, alpha=-group["lr"])
+            buffers = self._moved(parameters, directions, group["momentum"])
+            directions = torch._foreach_add(directions, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+        torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+
+    def _moved(self, parameters: list[Tensor], directions: Sequence[Tensor], momentum: float) -> list[Tensor]:
+        """The parameters' momentum after another direction."""
+        moving = [(self.state[p]["momentum_buffer"], d) for p, d in zip(parameters, directions, strict=True) if self.state.get(p)]
+        if len(moving) < len(parameters):  # first gradients
+            self._operator.forget_copies()
+            for p, direction in zip(parameters, directions, strict=True):
+                if not self.state.get(p):
+                    self.state[p]["momentum_buffer"] = direction.clone()
+        if moving:
+            torch._foreach_mul_([buffer for buffer, _ in moving], momentum)
+            torch._foreach_add_([buffer for buffer, _ in moving], [direction for _, direction in moving])
+        return [self.state[p]["momentum_buffer"] for p in parameters]
 
     def mask_gradient_(self, p: Tensor, grad: Tensor) -> None:
         """Clears the gradient of weights that read the dead, in place: it is zero by itself but where the dead give f(0) != 0. A step does
@@ -185,44 +201,16 @@ class ProximalSGD(torch.optim.Optimizer):
                 if not layer.mask.all():
                     piece.clear_(grad, (~layer.mask).nonzero().flatten())
 
-    def prox_(self, layer: NeuronLayer) -> None:
-        """The proximal step of one layer; who died is kept for `finish_step`."""
-        if layer.num_neurons == 0:  # a branch that was removed
-            return
-        parts = self.neurons.parts(layer)
-        min_alive = 0 if self.depth and layer.bypassed else self.min_alive
-        t = self._since_prox[self._layer_groups[layer.name][0]]
-        is_one_group = self.groups == "branches" and layer.bypassed and self.depth
-        size = layer.group_size * layer.starting_neurons if is_one_group else layer.group_size
-        groups = [part.unsqueeze(0) for part in parts] if is_one_group else parts
-        prox = self.penalty.prox_(groups, layer=layer.name, step=self.num_steps - 1, t=t, group_size=size, min_alive=min_alive)
-        if is_one_group and prox.dead is not None:
-            prox = replace(prox, dead=prox.dead.expand(layer.num_neurons))
-        self._proxes[layer.name] = prox
-        for piece, rows in zip(layer.producers, parts, strict=True):
-            piece.write_(self.neurons.parameter(piece.tensor), rows)
+    def prox_(self, layers: Iterable[NeuronLayer]) -> None:
+        """The proximal step of layers; who died is kept for `finish_step`."""
+        rates = self._since_prox
+        self._operator.shrink_(layers, step=self.num_steps - 1, t_of=lambda layer: rates[self._layer_groups[layer.name][0]])
 
     def finish_step(self) -> None:
         """Second phase: kills what reached zero. Nothing of it may run before all layers have had their first phase,
         because it writes to the readers, which are other layers' parameters."""
-        if self._proxes and self.every != "epoch":
+        if self._operator.bury_() and self.every != "epoch":
             self._since_prox = [0.0] * len(self.param_groups)
-        for name, prox in self._proxes.items():
-            layer = self.neurons[name]
-            if prox.kept_by_force and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"layer {name!r}: beta {prox.beta:.4g} would kill every neuron; the strongest "
-                    f"stay, {self.min_alive} in all (min_alive). Lower beta for this layer or start it later",
-                    stacklevel=2,
-                )
-            if self.revive:  # without penalty too: a neuron that was zero may have come back since
-                layer.mask = (row_norms(self.neurons.parts(layer)) > 0).to(layer.mask.device)
-            elif prox.dead is not None:
-                dead = prox.dead.to(layer.mask.device) & layer.mask
-                if bool(dead.any()):
-                    self.neurons.zero_({name: dead.nonzero().flatten()})
-        self._proxes = {}
 
     # --- state
 
@@ -241,6 +229,7 @@ class ProximalSGD(torch.optim.Optimizer):
         if "neurons" not in state:
             raise ValueError("ProximalSGD: the state has no neurons: it is another optimizer's, load a ProximalSGD's")
         self.neurons.load_state_dict(state.pop("neurons"))
+        self._operator.forget_copies()
         self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
         super().load_state_dict(state)
 
@@ -275,129 +264,3 @@ class ProximalSGD(torch.optim.Optimizer):
             if len(rates) > 1:
                 raise ValueError(f"ProximalSGD: the neurons of {name!r} lie in parameter groups of learning rates "
                                  f"{sorted(rates)}; one neuron needs one rate, put its parameters into one group")
-
-
-class _InBackward:
-    """Runs an optimizer's step from DDP's communication hook."""
-
-    def __init__(
-        self, optimizer: ProximalSGD, ddp: DistributedDataParallel, *, max_grad_norm: float | None,
-        scaler: torch.amp.GradScaler | None,
-    ) -> None:
-        self.optimizer, self.ddp, self.max_grad_norm, self.scaler = optimizer, ddp, max_grad_norm, scaler
-        reasons = [
-            text for text, given in (
-                ("a GradScaler may skip the step", scaler is not None),
-                ("the norm is clipped over all gradients", max_grad_norm is not None),
-                ("DDP looks for unused parameters", ddp.find_unused_parameters),
-            ) if given
-        ]
-        self.overlap = not reasons
-        if reasons:
-            warnings.warn(f"stepping after backward, not within it: {', '.join(reasons)}", stacklevel=3)
-        self.stepping = False
-        self._work: list[Any] = []  # the futures of this backward's buckets
-        self._samples: tuple[Tensor, Any] | None = None
-        self._lock = threading.Lock()
-        self._layers_of: dict[Tensor, list[NeuronLayer]] = {}
-        for layer in optimizer.neurons:
-            for piece in layer.producers:
-                p = optimizer.neurons.parameter(piece.tensor)
-                if p.requires_grad:  # what has no entries any more takes no gradient
-                    self._layers_of.setdefault(p, []).append(layer)
-        self._num_pieces = Counter(layer.name for layers in self._layers_of.values() for layer in layers)
-        self._pending: dict[str, int] = {}
-        ddp.register_comm_hook(None, self._hook)
-
-    def release(self) -> None:
-        """Holds nothing any more."""
-        del self.optimizer, self.ddp, self._layers_of
-
-    def count_samples(self, num_samples: int) -> None:
-        device = next(self.ddp.module.parameters()).device
-        count = torch.tensor(float(num_samples), device=device)
-        self._samples = count, dist.all_reduce(count, group=self.ddp.process_group, async_op=True)
-
-    def _hook(self, _state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        if not self._work:
-            self._begin()
-        buffer, parameters = bucket.buffer(), bucket.parameters()
-        gradients = [  # bucket.gradients() reads channels_last parameters in the wrong order
-            g.as_strided(p.shape, p.stride(), g.storage_offset())
-            for p, g in zip(parameters, bucket.gradients(), strict=True)
-        ]
-
-        def reduced(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-            flat = future.value()[0]
-            with torch.no_grad():  # pool threads have gradients on
-                flat.div_(self._divisor())
-                if self.overlap:
-                    self._step(parameters, gradients)
-            return flat
-
-        future = dist.all_reduce(buffer, group=self.ddp.process_group, async_op=True).get_future().then(reduced)
-        self._work.append(future)
-        return future
-
-    def _begin(self) -> None:
-        """Before the first bucket of a backward."""
-        if self.overlap:
-            self.optimizer.begin_step()
-            self._pending = dict(self._num_pieces)
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
-
-    def _divisor(self) -> Tensor | int:
-        if self._samples is None:
-            return dist.get_world_size(self.ddp.process_group)
-        count, work = self._samples
-        work.wait()
-        return count
-
-    def _step(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        optimizer = self.optimizer
-        for p, g in zip(parameters, gradients, strict=True):
-            optimizer.update_(p, g, optimizer.param_groups[optimizer._group_of[p]])
-        if not optimizer.prox_is_due:
-            return
-        complete: list[NeuronLayer] = []
-        with self._lock:  # a neuron's filter, bias and BatchNorm pair can arrive on different threads
-            for p in parameters:
-                for layer in self._layers_of.get(p, []):
-                    self._pending[layer.name] -= 1
-                    if self._pending[layer.name] == 0:
-                        complete.append(layer)
-        for layer in complete:
-            optimizer.prox_(layer)
-
-    @torch.no_grad()
-    def _end(self) -> None:
-        """When backward ends: all buckets are waited for before the second phase."""
-        for future in self._work:
-            future.wait()
-        self._work, self._samples = [], None
-        if self.overlap:
-            self.optimizer.finish_step()
-            self.optimizer._opt_called = True  # or learning-rate schedulers warn that step() was never called
-        else:
-            # DDP queues its own last work, copying gradients of unused parameters, before this comes round again.
-            torch.autograd.Variable._execution_engine.queue_callback(self._step_after_backward)
-
-    def _step_after_backward(self) -> None:
-        optimizer = self.optimizer
-        self.stepping = True
-        try:
-            if self.scaler is not None:
-                self.scaler.unscale_(optimizer)
-            if self.max_grad_norm is not None:
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                for p in parameters:
-                    if p.grad is not None:
-                        optimizer.mask_gradient_(p, p.grad)
-                torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-            if self.scaler is not None:
-                self.scaler.step(optimizer)
-                self.scaler.update()
-            else:
-                optimizer.step()
-        finally:
-            self.stepping = False

@@ -28,7 +28,7 @@ WHOLE = """
 import importlib.metadata, dist_gsl, dist_gsl.kernels
 from dist_gsl.data import native
 assert dist_gsl.__version__ == importlib.metadata.version("dist_gsl"), f"the image holds {dist_gsl.__version__}"
-dist_gsl.find_neurons, dist_gsl.kernels.library(), native.library()
+dist_gsl.find_neurons, dist_gsl.kernels.cpu.library(), native.library()
 """
 """What the image holds is this package, not what its dependencies were installed by."""
 SMOKE = ["train", "digits", "--name", "image", "--no-tracking", "--train.epochs", "3", "--penalty.beta.rest", "1.5",

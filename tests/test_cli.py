@@ -113,12 +113,12 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_compiled_step_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "MODULE", "_dist_gsl_nowhere")
-    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels.cpu, "MODULE", "_dist_gsl_nowhere")
+    kernels.cpu.library.cache_clear()
     try:
         assert main(["train", "digits", "--runs", str(tmp_path / "runs"), "--data.dir", str(tmp_path / "data"), "--no-tracking"]) == 1
     finally:
-        kernels.library.cache_clear()
+        kernels.cpu.library.cache_clear()
     assert capsys.readouterr().err.startswith("dist-gsl: error: the proximal step _dist_gsl_nowhere is missing: install the same dist_gsl here")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,6 @@
 """The compiled proximal step against torch's operations: types, layouts, threads, what is not finite."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons, kernels
+from dist_gsl.kernels import Kind, Layout, Rows
 from dist_gsl.penalty import row_norms, shrink_factors, soft_threshold
 from tests.networks import IMAGE, chain
 
@@ -34,6 +36,16 @@ def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype, layout: str, *, see
     return parts
 
 
+def layout_of(parts: list[Tensor]) -> Layout:
+    return Layout([Rows(part, 0, torch.arange(len(part))[:, None], is_block=True) for part in parts], len(parts[0]))
+
+
+def shrink_(parts: list[Tensor], *, cut: float, threshold: float, min_alive: int = 0) -> tuple[Tensor, int]:
+    """(factors, how many are 0)."""
+    ((factors, num_zero),) = kernels.cpu.shrink_([layout_of(parts)], cuts=[cut], thresholds=[threshold], min_alive=[min_alive])
+    return factors, num_zero
+
+
 def by_torch(parts: list[Tensor], *, cut: float, threshold: float) -> tuple[list[Tensor], Tensor]:
     shrunk = [soft_threshold(part, cut) for part in parts]
     factors = shrink_factors(row_norms(shrunk), threshold)
@@ -53,16 +65,15 @@ def test_it_is_the_operator(shapes: str, layout: str, dtype: torch.dtype, cut: f
     before = [part.clone() for part in parts]
     threshold = 0.999 * median_norm(parts, cut)  # about half of them die
     expected, expected_factors = by_torch(parts, cut=cut, threshold=threshold)
-    described = kernels.described(parts)
-    assert described is not None
-    factors = torch.empty(len(parts[0]), dtype=dtype)
-    num_zero = kernels.shrink_(described, factors, cut=cut, threshold=threshold)
-    assert torch.equal(factors == 0, expected_factors == 0)
-    assert num_zero == int((factors == 0).sum())
-    lives = factors != 0
-    for part, old, new in zip(parts, before, expected, strict=True):
-        torch.testing.assert_close(part[lives], new[lives])
-        assert torch.equal(part[~lives], old[~lives])  # left for who decides that some stay
+    for min_alive in (len(parts[0]) + 1, 0):
+        factors, num_zero = shrink_(parts, cut=cut, threshold=threshold, min_alive=min_alive)
+        assert torch.equal(factors == 0, expected_factors == 0)
+        assert num_zero == int((factors == 0).sum())
+        lives = factors != 0
+        for part, old, new in zip(parts, before, expected, strict=True):
+            torch.testing.assert_close(part[lives], new[lives])
+            assert torch.equal(part[~lives], old[~lives] if min_alive else torch.zeros_like(old[~lives]))  # left for who decides that some stay
+            part.copy_(old)
 
 
 @given(size=st.integers(1, 300), neurons=st.integers(1, 9), share=st.floats(0.1, 2.0), cut=st.floats(0.0, 1.0))
@@ -70,124 +81,126 @@ def test_any_size_in_float64(size: int, neurons: int, share: float, cut: float) 
     parts = drawn([(neurons, size), (neurons,)], torch.float64, "contiguous", seed=size)
     threshold = share * median_norm(parts, cut)
     expected, expected_factors = by_torch(parts, cut=cut, threshold=threshold)
-    described, factors = kernels.described(parts), torch.empty(neurons, dtype=torch.float64)
-    assert described is not None
-    kernels.shrink_(described, factors, cut=cut, threshold=threshold)
+    factors, _ = shrink_(parts, cut=cut, threshold=threshold)
     torch.testing.assert_close(factors, expected_factors, rtol=1e-11, atol=1e-13)
     for part, new in zip(parts, expected, strict=True):
-        torch.testing.assert_close(part[factors != 0], new[factors != 0], rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(part, new, rtol=1e-11, atol=1e-13)
 
 
 def test_its_neighbours_stay() -> None:
     whole = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     before = whole.clone()
-    described, factors = kernels.described([whole[10:20]]), torch.empty(10)
-    assert described is not None
-    kernels.shrink_(described, factors, cut=0.1, threshold=0.1)
+    shrink_([whole[10:20]], cut=0.1, threshold=0.1)
     assert torch.equal(whole[:10], before[:10])
     assert torch.equal(whole[20:], before[20:])
     assert not torch.equal(whole[10:20], before[10:20])
 
 
 def test_the_same_bits_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "PER_THREAD", 1)
+    monkeypatch.setattr(kernels.cpu, "PER_THREAD", 1)
+    monkeypatch.setattr(kernels.cpu, "PER_TASK", 1200)  # two neurons
     found = []
     for num_threads in (1, 2, 3, 16, 40):
         monkeypatch.setattr(torch, "get_num_threads", lambda number=num_threads: number)
         parts = drawn([(17, 500), (17,)], torch.float32, "contiguous")
-        described, factors = kernels.described(parts), torch.empty(17)
-        assert described is not None
-        num_zero = kernels.shrink_(described, factors, cut=0.2, threshold=17.5)
+        factors, num_zero = shrink_(parts, cut=0.2, threshold=17.5)
         assert num_zero == int((factors == 0).sum()) > 0
         found.append(torch.cat([factors, parts[0].flatten(), parts[1]]))
     assert all(torch.equal(each, found[0]) for each in found)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_what_is_not_finite_is_not_taken_for_dead(value: float, alpha: float) -> None:
+@pytest.mark.parametrize("cut", [0.0, 0.05])
+def test_what_is_not_finite_is_not_taken_for_dead(value: float, cut: float) -> None:
     parts = [torch.ones(4, 3), torch.ones(4)]
     parts[0][1, 2] = value
-    prox = SparseGroupLasso(beta=0.1, alpha=alpha).prox_(parts, layer="a", step=0, t=1.0, group_size=4)
-    assert prox.dead is None
+    assert shrink_(parts, cut=cut, threshold=0.1)[1] == 0
     assert torch.cat([part.reshape(4, -1) for part in parts], dim=1).isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
-def test_what_it_cannot_describe_goes_by_torch() -> None:
-    """Every other entry of rows of every other row: more than runs at one distance."""
-    strided = torch.randn(6, 8, 8, 8, generator=torch.Generator().manual_seed(0))[:, ::2, ::2, ::2]
-    half = torch.randn(6, 4).bfloat16()
-    mixed = [torch.randn(6, 4), torch.randn(6).double()]
-    assert kernels.described([strided]) is None
-    assert kernels.described([half]) is None
-    assert kernels.described(mixed) is None
-    plain = [strided.clone()]
-    penalty = SparseGroupLasso(beta=0.5, alpha=0.3)
-    by_hand = penalty.prox_([strided], layer="a", step=0, t=1.0, group_size=80)
-    compiled = penalty.prox_(plain, layer="a", step=0, t=1.0, group_size=80)
-    assert by_hand.dead is not None
-    assert not by_hand.dead.any()
-    assert compiled.dead is None
-    torch.testing.assert_close(strided, plain[0])
+def test_what_it_cannot_describe() -> None:
+    """Every other entry of rows of every other row is more than runs at one distance; entries that share memory would be shrunk more than once."""
+    strided = torch.randn(6, 8, 8, 8)[:, ::2, ::2, ::2]
+    for parts in (
+        [strided], [torch.randn(6, 4).bfloat16()], [torch.randn(6, 4), torch.randn(6).double()], [torch.ones(1).expand(5)],
+        [torch.arange(10.0).unfold(0, 3, 1)], [torch.arange(20.0).as_strided((2, 3, 3), (9, 1, 1))],
+    ):  # fmt: skip
+        assert layout_of(parts).parts is None
+        assert kernels.kind_of(layout_of(parts)) is Kind.TORCH
+    assert kernels.kind_of(layout_of([strided.contiguous()])) is Kind.CPU
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "scattered"])
-def test_the_strongest_of_the_dying_stay_as_they_are(layout: str) -> None:
-    """Neuron 1 survives by itself; of the others 3 is the strongest."""
-    rows = torch.tensor([[0.1, 0.0], [3.0, 4.0], [0.3, 0.0], [0.0, 0.8], [0.0, 0.0]])
-    part = torch.zeros(5, 4, 4, 4)[:, ::2, ::2, ::2] if layout == "scattered" else torch.zeros(5, 1, 1, 2)
-    assert (kernels.described([part]) is None) == (layout == "scattered")
-    filled = part[:, 0, 0]
-    filled.copy_(rows)
-    prox = SparseGroupLasso(beta=1.0).prox_([part], layer="a", step=0, t=1.0, group_size=1, min_alive=2)
-    assert prox.kept_by_force
-    assert prox.dead is not None
-    assert prox.dead.tolist() == [True, False, True, False, True]
-    expected = torch.tensor([[0.0, 0.0], [2.4, 3.2], [0.0, 0.0], [0.0, 0.8], [0.0, 0.0]])
-    torch.testing.assert_close(filled, expected)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_neurons_at_any_places(dim: int) -> None:
+    """As attention's queries and keys are, which no stride describes: neuron 0 has the positions 7 and 2."""
+    index = torch.tensor([[7, 2], [0, 1], [3, 9]])
+    whole = torch.randn(10, 10, 3, generator=torch.Generator().manual_seed(0))
+    before = whole.clone()
+    rows = before.movedim(dim, 0)[index.flatten()].reshape(3, -1)
+    layout = Layout([Rows(whole, dim, index, is_block=False)], 3)
+    threshold = float(rows.norm(dim=1).median())
+    kernels.cpu.shrink_([layout], cuts=[0.0], thresholds=[threshold], min_alive=[0])
+    after = whole.movedim(dim, 0)
+    expected = rows * shrink_factors(rows.norm(dim=1), threshold)[:, None]
+    torch.testing.assert_close(after[index.flatten()].reshape(3, -1), expected)
+    others = torch.tensor([4, 5, 6, 8])
+    assert torch.equal(after[others], before.movedim(dim, 0)[others])
+
+
+def test_a_layout_knows_when_it_holds_no_more() -> None:
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2))
+    layout = layout_of([weight])
+    assert layout.is_current()
+    weight.data = weight.data.to(memory_format=torch.channels_last)
+    assert not layout.is_current()
+
+
+def test_a_network_that_moves_in_memory_is_shrunk_where_it_is() -> None:
+    model = chain()
+    neurons = find_neurons(model, torch.zeros(1, *IMAGE))
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.01), lr=1.0)
+    moved = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    model.to(memory_format=torch.channels_last)
+    model.load_state_dict(moved)
+    optimizer.step()
+    once = chain()
+    other = ProximalSGD(once.parameters(), find_neurons(once, torch.zeros(1, *IMAGE)), SparseGroupLasso(beta=0.01), lr=1.0)
+    other.step()
+    for (name, p), q in zip(model.named_parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
 
 
 def test_a_missing_or_an_older_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.library.cache_clear()
+    kernels.cpu.library.cache_clear()
     try:
-        monkeypatch.setattr(kernels, "VERSION", kernels.VERSION + 1)
-        with pytest.raises(ImportError, match=f"is of version {kernels.VERSION - 1}, this code needs {kernels.VERSION}: install the same dist_gsl"):
-            kernels.library()
-        monkeypatch.setattr(kernels, "MODULE", "_dist_gsl_nowhere")
+        monkeypatch.setattr(kernels.cpu, "VERSION", kernels.cpu.VERSION + 1)
+        with pytest.raises(ImportError, match=f"is of version {kernels.cpu.VERSION - 1}, this code needs {kernels.cpu.VERSION}: install the same dist_gsl"):
+            kernels.cpu.library()
+        monkeypatch.setattr(kernels.cpu, "MODULE", "_dist_gsl_nowhere")
         with pytest.raises(ImportError, match="_dist_gsl_nowhere is missing: install the same dist_gsl here and on every node"):
-            kernels.library()
+            kernels.cpu.library()
     finally:
-        kernels.library.cache_clear()
-
-
-def test_entries_that_share_memory_are_left_to_torch() -> None:
-    """Here, each would be shrunk more than once."""
-    for part in (torch.ones(1).expand(5), torch.arange(10.0).unfold(0, 3, 1), torch.arange(20.0).as_strided((2, 3, 3), (9, 1, 1))):
-        assert kernels.described([part]) is None
-    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"):
-        SparseGroupLasso(beta=0.1).prox_([torch.ones(1).expand(5)], layer="a", step=0, t=1.0, group_size=1)
+        kernels.cpu.library.cache_clear()
 
 
 def test_autograd_hears_of_it() -> None:
-    weight = torch.ones(4, 3, requires_grad=True)
-    penalty = SparseGroupLasso(beta=0.1)
-    with pytest.raises(RuntimeError, match=r"call it under torch\.no_grad\(\)"):
-        penalty.prox_([weight], layer="a", step=0, t=1.0, group_size=3)
-    assert torch.equal(weight, torch.ones(4, 3))
-    loss = weight.square().sum()
-    with torch.no_grad():
-        penalty.prox_([weight], layer="a", step=0, t=1.0, group_size=3)
+    model = chain()
+    neurons = find_neurons(model, torch.zeros(1, *IMAGE))
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.1), lr=0.1)
+    loss = neurons.parameter("conv1.weight").square().sum()
+    optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 def test_an_optimizer_asks_for_the_library_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.library.cache_clear()
-    monkeypatch.setattr(kernels, "MODULE", "_dist_gsl_nowhere")
+    kernels.cpu.library.cache_clear()
+    monkeypatch.setattr(kernels.cpu, "MODULE", "_dist_gsl_nowhere")
     model = chain()
     neurons = find_neurons(model, torch.zeros(1, *IMAGE))
     try:
         with pytest.raises(ImportError, match="_dist_gsl_nowhere is missing"):
             ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.0), lr=0.1)
     finally:
-        kernels.library.cache_clear()
+        kernels.cpu.library.cache_clear()

@@ -127,9 +127,9 @@ def test_the_operators_t_is_the_sum_of_rates_since_it_last_ran() -> None:
     taken: list[tuple[int, float]] = []
 
     class Recorder(SparseGroupLasso):
-        def prox_(self, parts, *, layer, step, t, group_size, min_alive=0):
+        def limits(self, layer, step, *, t, group_size):
             taken.append((step, t))
-            return super().prox_(parts, layer=layer, step=step, t=t, group_size=group_size, min_alive=min_alive)
+            return super().limits(layer, step, t=t, group_size=group_size)
 
     model = chain()
     neurons = find_neurons(model, torch.randn(2, *IMAGE))

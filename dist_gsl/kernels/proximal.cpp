@@ -1,4 +1,4 @@
-// The proximal step of a layer on a CPU, one neuron after another: its norm, and while its row is still in cache its shrinking. Memory is
+// The proximal step of layers on a CPU, one neuron after another: its norm, and while its row is still in cache its shrinking. Memory is
 // read once and written once, which is what a copy costs.
 //
 // Called by address (see __init__.py). Sums run over fixed lanes, so that the same bits come out whatever the vector width, the number of
@@ -18,13 +18,27 @@
 #define VECTORS
 #endif
 #define ALWAYS_INLINE inline __attribute__((always_inline))  // into each of those functions
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
-// What the neurons of a layer own of one tensor. Neuron n has `blocks` runs of `run` neighbouring entries; entries are counted, not bytes.
+// What the neurons of a layer own of one tensor; entries are counted, not bytes. Neuron n has `positions` places `stride` apart from the
+// tensor's start: the n-th where `index` is null (there is one then), or else those that row n of `index` names. From each place on it
+// has `blocks` runs of `run` neighbouring entries.
 struct Part {
     void* data;
-    uint64_t neuron_stride, blocks, block_stride, run;
+    const int64_t* index;
+    uint64_t positions, stride, blocks, block_stride, run;
+};
+
+// A layer, what is asked of it, and what came of it.
+struct Layer {
+    const Part* parts;
+    uint64_t num_parts, num_neurons, entries;  // entries of one neuron
+    uint64_t min_alive;
+    double cut, threshold;
+    void* factors;  // out, one a neuron of the parts' type: what it was multiplied with, 0 for the dying
+    uint64_t num_zero;  // out: how many are dying. They are zero now, unless fewer than min_alive would be left: they are as they were then.
 };
 
 constexpr uint64_t LANES = 64;  // four registers of the widest kind
@@ -65,16 +79,25 @@ ALWAYS_INLINE double squares(const T* x, uint64_t size, T cut) {
     return total;
 }
 
+template <typename T, typename F>
+ALWAYS_INLINE void for_each_run(const Layer& layer, uint64_t n, F&& use) {
+    for (const Part* part = layer.parts; part < layer.parts + layer.num_parts; ++part)
+        for (uint64_t k = 0; k < part->positions; ++k) {
+            const uint64_t place = part->index ? static_cast<uint64_t>(part->index[n * part->positions + k]) : n;
+            T* first = static_cast<T*>(part->data) + place * part->stride;
+            for (uint64_t b = 0; b < part->blocks; ++b) use(first + b * part->block_stride, part->run);
+        }
+}
+
 // Neurons begin to end: factors of all; those whose factor is not 0 are shrunk, the others left as they are. Returns how many others.
 template <typename T, bool IS_CUT>
-ALWAYS_INLINE uint64_t shrink_by(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, T cut, T threshold, T* factors) {
+ALWAYS_INLINE uint64_t shrink_by(const Layer& layer, uint64_t begin, uint64_t end) {
+    const T cut = static_cast<T>(layer.cut), threshold = static_cast<T>(layer.threshold);
+    T* factors = static_cast<T*>(layer.factors);
     uint64_t num_zero = 0;
     for (uint64_t n = begin; n < end; ++n) {
         double total = 0;
-        for (const Part* part = parts; part < parts + num_parts; ++part) {
-            const T* row = static_cast<const T*>(part->data) + n * part->neuron_stride;
-            for (uint64_t b = 0; b < part->blocks; ++b) total += squares<T, IS_CUT>(row + b * part->block_stride, part->run, cut);
-        }
+        for_each_run<T>(layer, n, [&](const T* x, uint64_t run) ALWAYS_INLINE_LAMBDA { total += squares<T, IS_CUT>(x, run, cut); });
         const T norm = static_cast<T>(std::sqrt(total));
         const T factor = norm <= threshold ? T(0) : (norm - threshold) / norm;  // NaN stays NaN
         factors[n] = factor;
@@ -82,57 +105,68 @@ ALWAYS_INLINE uint64_t shrink_by(const Part* parts, uint64_t num_parts, uint64_t
             ++num_zero;
             continue;
         }
-        for (const Part* part = parts; part < parts + num_parts; ++part) {
-            T* row = static_cast<T*>(part->data) + n * part->neuron_stride;
-            for (uint64_t b = 0; b < part->blocks; ++b) {
-                T* x = row + b * part->block_stride;
-                for (uint64_t i = 0; i < part->run; ++i) x[i] = (IS_CUT ? soft(x[i], cut) : x[i]) * factor;
-            }
-        }
+        for_each_run<T>(layer, n, [&](T* x, uint64_t run) ALWAYS_INLINE_LAMBDA {
+            for (uint64_t i = 0; i < run; ++i) x[i] = (IS_CUT ? soft(x[i], cut) : x[i]) * factor;
+        });
     }
     return num_zero;
 }
 
 // One function for each type, so that the choice of a processor's version is made once for all neurons.
-VECTORS uint64_t shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, float cut, float threshold, float* factors) {
-    return cut > 0 ? shrink_by<float, true>(parts, num_parts, begin, end, cut, threshold, factors)
-                   : shrink_by<float, false>(parts, num_parts, begin, end, cut, threshold, factors);
+VECTORS uint64_t shrink(const Layer& layer, uint64_t begin, uint64_t end, float) {
+    return layer.cut > 0 ? shrink_by<float, true>(layer, begin, end) : shrink_by<float, false>(layer, begin, end);
 }
-VECTORS uint64_t shrink(const Part* parts, uint64_t num_parts, uint64_t begin, uint64_t end, double cut, double threshold, double* factors) {
-    return cut > 0 ? shrink_by<double, true>(parts, num_parts, begin, end, cut, threshold, factors)
-                   : shrink_by<double, false>(parts, num_parts, begin, end, cut, threshold, factors);
+VECTORS uint64_t shrink(const Layer& layer, uint64_t begin, uint64_t end, double) {
+    return layer.cut > 0 ? shrink_by<double, true>(layer, begin, end) : shrink_by<double, false>(layer, begin, end);
 }
 
+struct Task {
+    uint64_t layer, begin, end;
+};
+
 template <typename T>
-uint64_t shrink_all(const Part* parts, uint64_t num_parts, uint64_t num_neurons, T cut, T threshold, T* factors, uint64_t num_threads) {
-    const uint64_t share = (num_neurons + num_threads - 1) / num_threads;
-    std::atomic<uint64_t> num_zero{0};
-    std::vector<std::thread> others;
-    uint64_t begin = 0;  // what nobody else does is done here
-    try {
-        others.reserve(num_threads);
-        for (; begin + share < num_neurons; begin += share)
-            others.emplace_back([=, &num_zero] { num_zero += shrink(parts, num_parts, begin, begin + share, cut, threshold, factors); });
-    } catch (...) {  // the system has no thread left
+void shrink_all(Layer* layers, uint64_t num_layers, uint64_t num_threads, uint64_t entries_per_task) {
+    std::vector<Task> tasks;
+    for (uint64_t l = 0; l < num_layers; ++l) {
+        layers[l].num_zero = 0;
+        const uint64_t share = num_threads < 2 ? layers[l].num_neurons : std::max<uint64_t>(1, entries_per_task / std::max<uint64_t>(1, layers[l].entries));
+        for (uint64_t begin = 0; begin < layers[l].num_neurons; begin += share)
+            tasks.push_back({l, begin, std::min(begin + share, layers[l].num_neurons)});
     }
-    num_zero += shrink(parts, num_parts, begin, num_neurons, cut, threshold, factors);
+    std::atomic<uint64_t> next{0};
+    const auto work = [&] {
+        for (uint64_t number; (number = next++) < tasks.size();) {
+            const Task& task = tasks[number];
+            const uint64_t num_zero = shrink(layers[task.layer], task.begin, task.end, T());
+            if (num_zero) __atomic_fetch_add(&layers[task.layer].num_zero, num_zero, __ATOMIC_RELAXED);
+        }
+    };
+    std::vector<std::thread> others;
+    try {
+        for (uint64_t k = 1; k < num_threads; ++k) others.emplace_back(work);
+    } catch (...) {  // the system has no thread left: what nobody else does is done here
+    }
+    work();
     for (std::thread& other : others) other.join();
-    return num_zero;
+    for (Layer* layer = layers; layer < layers + num_layers; ++layer) {
+        if (layer->num_zero == 0 || layer->num_neurons - layer->num_zero < layer->min_alive) continue;
+        for (uint64_t n = 0; n < layer->num_neurons; ++n)
+            if (static_cast<const T*>(layer->factors)[n] == 0)
+                for_each_run<T>(*layer, n, [](T* x, uint64_t run) { std::fill(x, x + run, T(0)); });
+    }
 }
 
 }  // namespace
 
 extern "C" {
 
-int32_t dist_gsl_proximal_version() { return 2; }
+int32_t dist_gsl_proximal_version() { return 3; }
 
-uint64_t dist_gsl_shrink_float(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, float* factors,
-                               uint64_t num_threads) noexcept {
-    return shrink_all<float>(parts, num_parts, num_neurons, static_cast<float>(cut), static_cast<float>(threshold), factors, num_threads);
+void dist_gsl_shrink_float(Layer* layers, uint64_t num_layers, uint64_t num_threads, uint64_t entries_per_task) noexcept {
+    shrink_all<float>(layers, num_layers, num_threads, entries_per_task);
 }
 
-uint64_t dist_gsl_shrink_double(const Part* parts, uint64_t num_parts, uint64_t num_neurons, double cut, double threshold, double* factors,
-                                uint64_t num_threads) noexcept {
-    return shrink_all<double>(parts, num_parts, num_neurons, cut, threshold, factors, num_threads);
+void dist_gsl_shrink_double(Layer* layers, uint64_t num_layers, uint64_t num_threads, uint64_t entries_per_task) noexcept {
+    shrink_all<double>(layers, num_layers, num_threads, entries_per_task);
 }
 }

@@ -83,6 +83,8 @@ def train(
             learning_rate = config.learning_rate_at(epoch * steps_per_epoch + step, steps_per_epoch=steps_per_epoch)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate * state.rate_factor
+            if step == start:
+                _check_batch_size(config, batch)
             if state.uninformed_loss is None:
                 state.uninformed_loss = _uninformed_loss(state, config, batch.targets)
             totals += train_step(state, config, batch)
@@ -133,6 +135,14 @@ def _uninformed_loss(state: RunState, config: TrainConfig, targets: Tensor) -> f
     return float(mine[0] / mine[1].clamp_min(1))
 
 
+def _check_batch_size(config: TrainConfig, batch: Batch) -> None:
+    """Gradients are divided by it. `ValueError` in every process where they do not have as many samples between them."""
+    count = torch.tensor(len(batch.targets), device=batch.targets.device)
+    dist.all_reduce(count)
+    if int(count) != config.batch_size:
+        raise ValueError(f"training data: a step has {int(count)} samples over all processes, train.batch_size is {config.batch_size}")
+
+
 def _seed(seed: int, epoch: int, step: int, number: int) -> int:
     return (((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_000_003 + number) % 2**63
 
@@ -156,7 +166,7 @@ def train_step(state: RunState, config: TrainConfig, batch: Batch) -> Tensor:
     """
     state.optimizer.zero_grad()
     num_samples = len(batch.targets)
-    state.optimizer.set_num_samples(num_samples)
+    state.optimizer.set_num_samples(num_samples, total=config.batch_size)
     micro_batches = state.micro_batches or [MicroBatch(dist.get_rank(), num_samples)]
     sizes = [each.size for each in micro_batches]
     buffers = [b for b in state.model.buffers() if b.numel()] if len(sizes) > 1 else []

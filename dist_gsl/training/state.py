@@ -155,7 +155,7 @@ class RunState:
         assert smaller.optimizer_state is not None
         was_training = self.model.training
         model, neurons = smaller.model, smaller.neurons
-        warned = self.optimizer._warned
+        warned = self.optimizer.warned
         self.optimizer.detach()  # or both networks would stay in memory
         self.ddp = self.optimizer = self.average = None  # type: ignore[assignment]
         self.model, self.neurons = model.train(was_training), neurons
@@ -163,7 +163,7 @@ class RunState:
         self.ddp, self.optimizer = self.setup.wrapped(model, neurons, self.penalty)
         self.average = self.setup.average(model, neurons, averaged)
         self.optimizer.load_state_dict(smaller.optimizer_state)
-        self.optimizer._warned = warned
+        self.optimizer.warned.update(warned)
         return True
 
     def state_dict(self) -> dict[str, Any]:

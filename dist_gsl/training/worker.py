@@ -141,7 +141,7 @@ def _unseen(folder: str, file: str, data_config: data.DataConfig, *, rank: int, 
     """
     node = ray.util.get_node_ip_address()
     try:
-        kernels.library()
+        kernels.cpu.library()
         native.library()
     except NotCompiledError as error:
         return f"node {node}: {error}"

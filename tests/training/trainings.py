@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule
@@ -90,7 +91,7 @@ class Course:
     def __init__(
         self, shrink: str, *, network: dict[str, Any], epochs: float, num_steps: int, batch_size: int = 8, size: int = 32, seed: int = 0, **options: Any
     ) -> None:
-        config = replace(TRAIN, epochs=8, shrink=shrink, **options)
+        config = replace(TRAIN, epochs=8, batch_size=batch_size * dist.get_world_size(), shrink=shrink, **options)
         penalty = PenaltyConfig(beta=PerLayer(rest=epochs), unit="epochs", beta_schedule=Schedule(start=1, end=6))
         data = TensorBatches(num_steps=num_steps, batch_size=batch_size, size=size, channels=network.get("in_channels", 1), seed=seed)
         self.state = build(

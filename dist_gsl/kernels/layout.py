@@ -1,0 +1,104 @@
+"""Where the neurons of a layer lie in memory, described for the kernels. Imports torch alone."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the neurons of a layer own of one tensor: neuron n owns the positions index[n] along dimension `dim`."""
+
+    tensor: Tensor
+    dim: int
+    index: Tensor
+    """int64 (num_neurons, k), on the CPU; no position twice."""
+    is_block: bool
+    """The positions are one contiguous run in neuron order."""
+
+
+class Part(ctypes.Structure):
+    """`Rows` by addresses, in entries, as ``proximal.cpp`` has it."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("index", ctypes.c_void_p), ("positions", ctypes.c_uint64), ("stride", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64), ("block_stride", ctypes.c_uint64), ("run", ctypes.c_uint64),
+    )  # fmt: skip
+
+    @property
+    def entries(self) -> int:
+        """Of one neuron."""
+        return self.positions * self.blocks * self.run
+
+
+class Layout:
+    """The parts of a layer's neurons, by their present addresses; `parts` is None where the kernels cannot do with them: they need one of
+    two types, one device, and entries that lie in runs at one distance."""
+
+    def __init__(self, rows: Sequence[Rows], num_neurons: int) -> None:
+        self.num_neurons = num_neurons
+        self._rows = list(rows)
+        self._where = [_where(each.tensor) for each in rows]
+        self.dtype, self.device = rows[0].tensor.dtype, rows[0].tensor.device
+        self.indices = [None if each.is_block else each.index.contiguous().to(self.device) for each in rows]
+        self.parts: ctypes.Array[Part] | None = None
+        """Hold only as long as `is_current`."""
+        if self.dtype in (torch.float32, torch.float64) and all((r.tensor.dtype, r.tensor.device) == (self.dtype, self.device) for r in rows):
+            found = [_part(each, index) for each, index in zip(rows, self.indices, strict=True)]
+            parts = [part for part in found if part is not None]
+            if len(parts) == len(found):
+                self.parts = (Part * len(parts))(*parts)
+        self.entries = 0 if self.parts is None else sum(part.entries for part in self.parts)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [each.tensor for each in self._rows]
+
+    def is_current(self) -> bool:
+        """Whether all tensors are where they were."""
+        return all(_where(each.tensor) == where for each, where in zip(self._rows, self._where, strict=True))
+
+
+def _where(tensor: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.dtype, tensor.stride()
+
+
+def _part(rows: Rows, index: Tensor | None) -> Part | None:
+    front = rows.tensor.detach().movedim(rows.dim, 0)
+    num_neurons, positions = rows.index.shape
+    if index is None:
+        first = int(rows.index[0, 0]) if rows.index.numel() else 0
+        block = front.narrow(0, first, num_neurons * positions)
+        block = block if positions == 1 else block.unflatten(0, (num_neurons, positions))
+        runs = _runs(block)
+        return None if runs is None else Part(block.data_ptr(), None, 1, block.stride(0), *runs)
+    runs = _runs(front)
+    return None if runs is None else Part(front.data_ptr(), index.data_ptr(), positions, front.stride(0), *runs)
+
+
+def _runs(rows: Tensor) -> tuple[int, int, int] | None:
+    """(blocks, stride from one to the next, entries of each) of one row's entries, rows (N, ...); None where it takes more to describe them."""
+    merged: list[tuple[int, int]] = []  # (stride, size) from the outermost to the innermost, neighbours joined
+    for stride, size in sorted(zip(rows.stride()[1:], rows.shape[1:], strict=True), reverse=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][0] == stride * size:
+            merged[-1] = stride, merged[-1][1] * size
+        else:
+            merged.append((stride, size))
+    run = merged.pop()[1] if merged and merged[-1][0] == 1 else 1
+    if len(merged) > 1:
+        return None
+    stride, blocks = merged[0] if merged else (0, 1)
+    end = 1
+    # An entry that two positions share would be shrunk twice.
+    for stride_of, size in sorted([(1, run), (stride, blocks), (rows.stride(0), len(rows))]):
+        if size > 1 and stride_of < end:
+            return None
+        end = max(end, stride_of * size)
+    return blocks, stride, run

@@ -1,0 +1,212 @@
+"""The proximal step of layers where their parameters lie, and the deaths that follow from it. Imports torch alone.
+
+Which of the kernels takes a layer's step is chosen here. On a CPU the host hears at once who died. On a GPU it does not: the device itself
+clears what a death clears, and the host asks when somebody reads a mask.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_gsl import kernels
+from dist_gsl.kernels import Kind, Layout
+from dist_gsl.neurons import NeuronLayer, Neurons
+from dist_gsl.penalty import Prox, SparseGroupLasso, dying, row_norms
+
+if TYPE_CHECKING:
+    from dist_gsl.kernels import gpu
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A layer and the proximal step that it is to take."""
+
+    layer: NeuronLayer
+    layout: Layout
+    step: int
+    t: float
+    group_size: int
+    cut: float
+    threshold: float
+    beta: float
+    min_alive: int
+    is_one_group: bool
+    """All of the layer's neurons are one group."""
+
+
+class ProximalOperator:
+    """The proximal operator of a penalty on the neurons of a network, and their deaths: the options are `ProximalSGD`'s.
+
+    `shrink_` may be called for some layers after others and from several threads; `bury_` comes when all have been.
+    """
+
+    def __init__(
+        self, neurons: Neurons, penalty: SparseGroupLasso, *, revive: bool, min_alive: int, depth: bool, branches_are_groups: bool
+    ) -> None:
+        self.neurons, self.penalty = neurons, penalty
+        self.revive, self.min_alive, self.depth, self.branches_are_groups = revive, min_alive, depth, branches_are_groups
+        self.warned: set[str] = set()
+        self._layouts: dict[str, Layout] = {}
+        self._found: dict[str, Prox] = {}
+        """What the host knows of this step."""
+        self._steps: dict[tuple[str, ...], gpu.Step] = {}
+        self._launched: list[tuple[gpu.Step, list[_Due]]] = []
+        self._unheard: dict[int, tuple[gpu.Step, list[_Due]]] = {}
+        self._cleared: dict[str, tuple[int, list[Layout]]] = {}
+
+    def shrink_(self, layers: Iterable[NeuronLayer], *, step: int, t_of: Callable[[NeuronLayer], float]) -> None:
+        """The proximal step of layers. step: what the penalty's schedules are read at; t_of: a layer's t."""
+        by_kind: dict[tuple[Kind, torch.dtype, torch.device], list[_Due]] = {}
+        for layer in layers:
+            if layer.num_neurons == 0:  # a branch that was removed
+                continue
+            due = self._due(layer, step, t_of(layer))
+            if due.t * due.beta == 0:
+                self._found[layer.name] = Prox(dead=None, kept_by_force=False, beta=due.beta)
+            else:
+                by_kind.setdefault((self._kind_of(due), due.layout.dtype, due.layout.device), []).append(due)
+        for (kind, *_), dues in by_kind.items():
+            if kind is Kind.TORCH:
+                for due in dues:
+                    self._by_torch_(due)
+                continue
+            torch.autograd.graph.increment_version([tensor for due in dues for tensor in due.layout.tensors])
+            (self._in_cpp_ if kind is Kind.CPU else self._on_device_)(dues)
+
+    def bury_(self) -> bool:
+        """Kills what reached zero in the layers that `shrink_` was called for; whether there were any."""
+        found, self._found = self._found, {}
+        launched, self._launched = self._launched, []
+        for name, prox in found.items():
+            layer = self.neurons[name]
+            if prox.kept_by_force:
+                self._warn_of_force(name, prox.beta)
+            if self.revive:  # without penalty too: a neuron that was zero may have come back since
+                layer.mask = (row_norms(self.neurons.parts(layer)) > 0).to(layer.mask.device)
+            elif prox.dead is not None:
+                dead = prox.dead.to(layer.mask.device) & layer.mask
+                if bool(dead.any()):
+                    self.neurons.zero_({name: dead.nonzero().flatten()})
+        for step, dues in launched:
+            step.clear_([[] if self.revive else self._cleared_with(due.layer) for due in dues])
+            self._unheard[id(step)] = step, dues
+            for due in dues:
+                due.layer.ask_first(self._hear)
+        return bool(found or launched)
+
+    def forget_copies(self) -> None:
+        """What mirrors the parameters has changed: momentum has come, or a state was loaded."""
+        self._steps, self._cleared = {}, {}
+
+    def _due(self, layer: NeuronLayer, step: int, t: float) -> _Due:
+        is_one_group = self.branches_are_groups and layer.bypassed and self.depth
+        layout = self._layouts.get(layer.name)
+        if layout is None or not layout.is_current():
+            rows = [piece.of(self.neurons.parameter(piece.tensor)) for piece in layer.producers]
+            if is_one_group:
+                rows = [replace(each, index=each.index.view(1, -1)) for each in rows]
+            layout = self._layouts[layer.name] = Layout(rows, 1 if is_one_group else layer.num_neurons)
+        size = layer.group_size * layer.starting_neurons if is_one_group else layer.group_size
+        cut, threshold, beta = self.penalty.limits(layer.name, step, t=t, group_size=size)
+        min_alive = 0 if self.depth and layer.bypassed else self.min_alive
+        return _Due(layer, layout, step, t, size, cut, threshold, beta, min_alive, is_one_group)
+
+    # --- on the host
+
+    def _by_torch_(self, due: _Due) -> None:
+        layer, parts = due.layer, self.neurons.parts(due.layer)
+        groups = [part.unsqueeze(0) for part in parts] if due.is_one_group else parts
+        prox = self.penalty.prox_(groups, layer=layer.name, step=due.step, t=due.t, group_size=due.group_size, min_alive=due.min_alive)
+        self._keep(due, prox)
+        for piece, rows in zip(layer.producers, parts, strict=True):
+            piece.write_(self.neurons.parameter(piece.tensor), rows)
+
+    def _in_cpp_(self, dues: Sequence[_Due]) -> None:
+        found = kernels.cpu.shrink_(
+            [due.layout for due in dues], cuts=[due.cut for due in dues], thresholds=[due.threshold for due in dues],
+            min_alive=[due.min_alive for due in dues],
+        )  # fmt: skip
+        for due, (factors, num_zero) in zip(dues, found, strict=True):
+            dead, kept = None, None
+            if num_zero > 0 and len(factors) - num_zero >= due.min_alive:
+                dead = factors == 0
+            elif num_zero > 0:
+                parts = self.neurons.parts(due.layer)
+                dead, kept = dying(parts, factors, min_alive=due.min_alive)
+                for piece, rows in zip(due.layer.producers, parts, strict=True):
+                    piece.write_(self.neurons.parameter(piece.tensor), rows.index_fill_(0, dead.nonzero().flatten(), 0))
+            self._keep(due, Prox(dead=dead, kept_by_force=kept is not None, beta=due.beta))
+
+    def _keep(self, due: _Due, prox: Prox) -> None:
+        if due.is_one_group and prox.dead is not None:
+            prox = replace(prox, dead=prox.dead.expand(due.layer.num_neurons))
+        self._found[due.layer.name] = prox
+
+    # --- on a device
+
+    def _kind_of(self, due: _Due) -> Kind:
+        kind = kernels.kind_of(due.layout)
+        if kind is not Kind.GPU:
+            return kind
+        # One program takes one group. Where gradients are masked before every step, the host must hear of deaths at once.
+        if due.is_one_group or (not self.revive and any(piece.absorber is not None for piece in due.layer.readers)):
+            return Kind.TORCH
+        cleared = [] if self.revive else self._cleared_with(due.layer)
+        alike = all(layout.parts is not None and (layout.dtype, layout.device) == (due.layout.dtype, due.layout.device) for layout in cleared)
+        return kind if alike else Kind.TORCH
+
+    def _on_device_(self, dues: Sequence[_Due]) -> None:
+        from dist_gsl.kernels import gpu
+
+        names = tuple(due.layer.name for due in dues)
+        step = self._steps.get(names)
+        if step is None or not all(a is due.layout for a, due in zip(step.layouts, dues, strict=True)):
+            step = self._steps[names] = gpu.Step(
+                [due.layout for due in dues], min_alive=[due.min_alive for due in dues],
+                masks=[torch.ones_like(due.layer.mask) if self.revive else due.layer.mask for due in dues], for_good=not self.revive,
+            )  # fmt: skip
+        step.shrink_(cuts=[due.cut for due in dues], thresholds=[due.threshold for due in dues])
+        self._launched.append((step, list(dues)))
+
+    def _cleared_with(self, layer: NeuronLayer) -> list[Layout]:
+        """What a death of the layer's neurons clears besides their own parameters."""
+        known = self._cleared.get(layer.name)
+        if known is None or known[0] != self.neurons.num_copies or not all(layout.is_current() for layout in known[1]):
+            rows = [
+                piece.of(tensors[piece.tensor])
+                for is_model, tensors in self.neurons.everywhere()
+                for piece in (layer.readers if is_model else (*layer.producers, *layer.readers))
+                if piece.tensor in tensors
+            ]
+            known = self._cleared[layer.name] = self.neurons.num_copies, [Layout([each], layer.num_neurons) for each in rows]
+        return known[1]
+
+    def _hear(self) -> None:
+        """What the device knows of deaths and the host does not; waits for it."""
+        heard, self._unheard = list(self._unheard.values()), {}
+        for _, dues in heard:
+            for due in dues:
+                due.layer.ask_first(None)
+        for step, dues in heard:
+            for due, mask, is_forced in zip(dues, step.masks(), step.kept_by_force(), strict=True):
+                layer = due.layer
+                if is_forced:
+                    self._warn_of_force(layer.name, due.beta)
+                if self.revive:
+                    layer.mask = (row_norms(self.neurons.parts(layer)) > 0).to(layer.mask.device)
+                elif bool((layer.mask & ~mask).any()):
+                    self.neurons.zero_({layer.name: (layer.mask & ~mask).nonzero().flatten()})
+
+    def _warn_of_force(self, name: str, beta: float) -> None:
+        if name not in self.warned:
+            self.warned.add(name)
+            warnings.warn(
+                f"layer {name!r}: beta {beta:.4g} would kill every neuron; the strongest "
+                f"stay, {self.min_alive} in all (min_alive). Lower beta for this layer or start it later",
+                stacklevel=2,
+            )

@@ -1,0 +1,257 @@
+"""The proximal step on a GPU, whose programs Triton interprets here: a GPU's compiler sees them in a process of its own."""
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons, kernels
+from dist_gsl.kernels import Kind, Layout, Rows, gpu
+from dist_gsl.neurons import Neurons
+from dist_gsl.penalty import dying, shrink_factors
+from tests.networks import IMAGE, batches, chain, tiny, train_step
+from tests.test_kernels import LAYOUTS, SHAPES, by_torch, drawn, layout_of, median_norm
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would go to C++ goes the way of a GPU, on tensors of the CPU."""
+    kind_of = kernels.kind_of
+    monkeypatch.setattr(kernels, "kind_of", lambda layout: Kind.GPU if kind_of(layout) is Kind.CPU else kind_of(layout))
+
+
+def step_of(layouts: list[Layout], *, min_alive: int = 0) -> gpu.Step:
+    masks = [torch.ones(layout.num_neurons, dtype=torch.bool) for layout in layouts]
+    return gpu.Step(layouts, min_alive=[min_alive] * len(layouts), masks=masks, for_good=True)
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_it_is_the_operator(layout: str, dtype: torch.dtype, cut: float) -> None:
+    """All shapes in one launch."""
+    layers = [drawn(shapes, dtype, layout) for shapes in SHAPES.values()]
+    thresholds = [0.999 * median_norm(parts, cut) for parts in layers]  # about half of each layer's die
+    expected = [by_torch(parts, cut=cut, threshold=threshold) for parts, threshold in zip(layers, thresholds, strict=True)]
+    before = [[part.clone() for part in parts] for parts in layers]
+    step = step_of([layout_of(parts) for parts in layers])
+    step.shrink_(cuts=[cut] * len(layers), thresholds=thresholds)
+    for parts, old, (new, factors) in zip(layers, before, expected, strict=True):
+        for part, was, will in zip(parts, old, new, strict=True):
+            torch.testing.assert_close(part[factors != 0], will[factors != 0])
+            assert torch.equal(part[factors == 0], was[factors == 0])  # until all layers are done
+    step.clear_([[]] * len(layers))
+    for parts, (new, factors), alive in zip(layers, expected, step.masks(), strict=True):
+        assert torch.equal(alive, factors != 0)
+        for part, will in zip(parts, new, strict=True):
+            torch.testing.assert_close(part, will)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    norms=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]), min_size=1, max_size=70), min_alive=st.integers(0, 5), threshold=st.sampled_from([0.7, 3.0, 9.0])
+)
+def test_the_strongest_of_the_dying_stay(norms: list[float], min_alive: int, threshold: float) -> None:
+    part = torch.tensor(norms)[:, None] * torch.tensor([0.6, 0.8])
+    before = part.clone()
+    factors = shrink_factors(before.norm(dim=1), threshold)
+    dead, kept = dying([before], factors, min_alive=min_alive)
+    step = step_of([layout_of([part])], min_alive=min_alive)
+    step.shrink_(cuts=[0.0], thresholds=[threshold])
+    step.clear_([[]])
+    expected = torch.where((factors > 0)[:, None], before * factors[:, None], before) * ~dead[:, None]
+    # Of equals either may stay.
+    torch.testing.assert_close(part.norm(dim=1).sort().values, expected.norm(dim=1).sort().values)
+    assert int(step.masks()[0].sum()) == int((~dead).sum())
+    assert step.kept_by_force() == [kept is not None and bool((before.norm(dim=1)[kept] > 0).any())]
+
+
+def test_neurons_at_any_places() -> None:
+    index = torch.tensor([[7, 2], [0, 1], [3, 9]])
+    whole = torch.randn(10, 10, 3, generator=torch.Generator().manual_seed(0))
+    by_cpu = whole.clone()
+    threshold = float(whole[:, index.flatten()].movedim(1, 0).reshape(3, -1).norm(dim=1).median())
+    step = step_of([Layout([Rows(whole, 1, index, is_block=False)], 3)])
+    step.shrink_(cuts=[0.1], thresholds=[threshold])
+    step.clear_([[]])
+    kernels.cpu.shrink_([Layout([Rows(by_cpu, 1, index, is_block=False)], 3)], cuts=[0.1], thresholds=[threshold], min_alive=[0])
+    torch.testing.assert_close(whole, by_cpu)
+    assert int(step.masks()[0].sum()) in (1, 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("cut", [0.0, 0.05])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_not_taken_for_dead(value: float, cut: float) -> None:
+    parts = [torch.ones(4, 3), torch.ones(4)]
+    parts[0][1, 2] = value
+    step = step_of([layout_of(parts)])
+    step.shrink_(cuts=[cut], thresholds=[0.1])
+    step.clear_([[]])
+    assert step.masks()[0].all()
+    assert torch.cat([part.reshape(4, -1) for part in parts], dim=1).isnan().any(dim=1).tolist() == [False, True, False, False]
+
+
+def course(*, num_steps: int = 20, **options: Any) -> tuple[nn.Module, nn.Module, Neurons, ProximalSGD, list[float]]:
+    """A network after some steps, with its moving average."""
+    model = chain(dtype=torch.float64)
+    neurons = find_neurons(model, torch.zeros(1, *IMAGE, dtype=torch.float64))
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    neurons.register_copy(lambda: [dict(averaged.module.named_parameters())], is_model=True)
+    strength = {"beta": 0.08, "alpha": 0.3, **{key: options.pop(key) for key in ("beta", "alpha") if key in options}}
+    penalty = SparseGroupLasso(**strength)
+    optimizer = ProximalSGD(model.parameters(), neurons, penalty, lr=0.05, momentum=0.9, **options)
+    losses = []
+    for batch in batches(num_steps, dtype=torch.float64):
+        losses.append(train_step(model, optimizer.step, batch))
+        averaged.update_parameters(model)
+    return model, averaged.module, neurons, optimizer, losses
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 1e-2, "nesterov": True}, {"every": 3}, {"revive": True}, {"beta": {"conv1": 2.0, "fc1": 0.05}, "min_alive": 3}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:layer .* would kill every neuron")
+def test_a_training_is_what_it_is_on_a_cpu(options: dict[str, Any], on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, averaged, neurons, optimizer, losses = course(**options)
+    died = {layer.name: layer.mask.tolist() for layer in neurons}
+    monkeypatch.undo()
+    plain, plain_average, plain_neurons, plain_optimizer, plain_losses = course(**options)
+    assert losses == pytest.approx(plain_losses, abs=1e-10)
+    assert died == {layer.name: layer.mask.tolist() for layer in plain_neurons}
+    assert 0 < sum(layer.num_dead for layer in neurons) < sum(layer.num_neurons for layer in neurons)
+    for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q[1], rtol=0, atol=1e-10, msg=name)
+        momentum = [each.state[x]["momentum_buffer"] for each, x in ((optimizer, p), (plain_optimizer, q[1]))]
+        torch.testing.assert_close(*momentum, rtol=0, atol=1e-10, msg=name)
+    for mine, other in zip(averaged.parameters(), plain_average.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("error:layer .* would kill every neuron")
+def test_who_asks_is_told_of_force(on_gpu: None) -> None:
+    _, _, neurons, optimizer, _ = course(beta={"conv1": 5.0}, num_steps=3)
+    assert optimizer.warned == set()  # nobody has asked
+    with pytest.raises(UserWarning, match="layer 'conv1': beta 5 would kill every neuron"):
+        neurons["conv1"].alive()
+    assert optimizer.warned == {"conv1"}
+
+
+class Watched(TorchDispatchMode):
+    """Names of what torch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero", "aten::masked_select"}
+"""What the host waits for a device in."""
+
+
+def test_a_step_asks_the_device_nothing_and_takes_two_launches(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, neurons, optimizer, _ = course(beta=0.05, num_steps=3)  # tables and momentum are there
+    launches: list[str] = []
+    for name in ("_shrink", "_clear"):
+        kernel = getattr(gpu, name)
+
+        class Counted:
+            def __getitem__(self, grid: Any, name: str = name, kernel: Any = kernel) -> Any:
+                launches.append(name)
+                return kernel[grid]
+
+        monkeypatch.setattr(gpu, name, Counted())
+    with Watched() as watched:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for _ in range(8):
+            optimizer.step()
+    assert set(watched.names) & WAITS == set()
+    assert launches == ["_shrink", "_clear"] * 8
+    copies = [name for name in watched.names if name == "aten::_to_copy"]
+    assert len(copies) <= 8  # the strengths of each step, to the device
+    assert sum(layer.num_dead for layer in neurons) > 0
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    if name != "vit":
+        return tiny(name)
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5
+    )
+    return model, torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["bnet", "dec8", "dec3", "vit"])
+def test_shapes_as_they_occur(name: str, on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys of attention, filters that are rows, what reads a flattened map."""
+    model, example = network(name)
+    other = copy.deepcopy(model)
+    kinds: list[Kind] = []
+    neurons = find_neurons(model, example)
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=2e-2, alpha=0.2), lr=1.0)
+    optimizer._operator._kind_of, kind_of = lambda due: kinds.append(kind_of(due)) or kinds[-1], optimizer._operator._kind_of  # type: ignore[method-assign, func-returns-value]
+    optimizer.step()
+    masks = [layer.mask for layer in neurons]
+    assert set(kinds) == {Kind.GPU}
+    monkeypatch.undo()
+    theirs = find_neurons(other, example)
+    ProximalSGD(other.parameters(), theirs, SparseGroupLasso(beta=2e-2, alpha=0.2), lr=1.0).step()
+    for (key, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=key)
+    assert all(torch.equal(mask, layer.mask) for mask, layer in zip(masks, theirs, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:layer .* would kill every neuron")
+def test_neurons_that_give_something_when_they_are_zero_go_by_torch(on_gpu: None) -> None:
+    """The gradients of what reads them are masked before every step, so the host must hear of their deaths at once."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    neurons = find_neurons(model, torch.zeros(1, *IMAGE))
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.5), lr=0.5)
+    optimizer.step()
+    assert [layer.__dict__.get("_ask") is not None for layer in neurons] == [False, True]
+    assert neurons["0"].num_dead > 0
+
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dist_gsl.kernels import gpu
+tile = dict(zip(("r0", "c0", "r1", "c1", "r2", "c2"), (n for shape in gpu.SHAPES for n in shape)))
+for capability in (70, 80, 90):
+    for name, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):
+        tables = {"programs": "*i32", "layers": "*i64", "parts": "*i64", "factors": f"*{name}", "norms": f"*{name}", "survivors": "*i32"}
+        constants = {"dtype": dtype, **tile}
+        signature = {**tables, "limits": f"*{name}", "num_layers": "i32", **dict.fromkeys(constants, "constexpr")}
+        in_order = {key: signature[key] for key in gpu._shrink.arg_names}
+        triton.compile(ASTSource(gpu._shrink, in_order, constants), target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+        constants = {"dtype": dtype, "num_looked_at": gpu.NEURONS, "num_columns": gpu.ENTRIES}
+        signature = {**tables, "forced": "*i32", "alive": "*u8", "for_good": "i32", **dict.fromkeys(constants, "constexpr")}
+        in_order = {key: signature[key] for key in gpu._clear.arg_names}
+        triton.compile(ASTSource(gpu._clear, in_order, constants), target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_gpus_of_three_generations_can_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton needs no GPU to compile for one."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == "compiled\n", done.stderr[-2000:]
