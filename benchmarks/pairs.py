@@ -29,6 +29,8 @@ class Ratio(NamedTuple):
     """Median of one."""
     other_seconds: float
     """Median of the other."""
+    pairs: int
+    """How many were timed."""
 
     def __str__(self) -> str:
         return f"{self.ratio:.3f} ({self.low:.3f} to {self.high:.3f})"
@@ -39,7 +41,7 @@ def ratio_of(seconds: list[float], other: list[float]) -> Ratio:
     logs = [math.log(a / b) for a, b in zip(seconds, other, strict=True)]
     mean = statistics.mean(logs)
     spread = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return Ratio(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread), statistics.median(seconds), statistics.median(other))
+    return Ratio(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread), statistics.median(seconds), statistics.median(other), len(logs))
 
 
 def timed(run: Callable[[], object], synchronize: Callable[[], object]) -> float:
@@ -52,15 +54,21 @@ def timed(run: Callable[[], object], synchronize: Callable[[], object]) -> float
 
 def compare(
     one: Callable[[], object], other: Callable[[], object], *, pairs: int = AT_LEAST, warmup: int = 2, seed: int = 0,
-    synchronize: Callable[[], object] = lambda: None,
+    synchronize: Callable[[], object] = lambda: None, seconds: float = math.inf, fewest: int = 5,
 ) -> Ratio:  # fmt: skip
-    """`synchronize` waits until the device is done, and for other processes. The order of each pair is drawn alike from the seed everywhere."""
+    """`synchronize` waits until the device is done, and for other processes. The order of each pair is drawn alike from the seed everywhere.
+
+    After so many `seconds` no more pair is begun, once there are `fewest`; for pairs of one process alone, as each has a clock of its own.
+    """
     for _ in range(warmup):
         one()
         other()
     order = random.Random(seed)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(pairs):
+    taken: tuple[list[float], list[float]] = ([], [])
+    began = time.perf_counter()
+    for number in range(pairs):
+        if number >= fewest and time.perf_counter() - began > seconds:
+            break
         for which in order.sample((0, 1), 2):
-            seconds[which].append(timed((one, other)[which], synchronize))
-    return ratio_of(*seconds)
+            taken[which].append(timed((one, other)[which], synchronize))
+    return ratio_of(*taken)
