@@ -302,7 +302,8 @@ def main() -> None:
             for backend, (batch, over) in last.items():
                 followed[backend].append((f"{name} at {batch}: {over:.2f}", over <= WITHIN))
     print("\n" + "\n".join(told))
-    for title, counts in (("at least the paper's share", reached), (f"largest batch timed: at most {WITHIN:g} of the multiply-adds' ratio", followed)):
+    at_end = f"largest batch timed: at most {WITHIN:g} of the multiply-adds' ratio"
+    for title, counts in (("at least the paper's share", reached), (at_end, followed)):
         print(f"{title}: " + "; ".join(_count(BACKENDS[backend], met) for backend, met in counts.items()))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     layout_name = "channels_last" if options.channels_last else "contiguous"
