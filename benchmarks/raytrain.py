@@ -4,7 +4,7 @@
 
 The demo's recipe, `dec3-chars`, with so many images that one epoch holds all that is measured of a side, and its penalty on from the first step.
 One side is the ordinary command, `dist-gsl train`, with all that belongs to it: Ray, its workers, MLflow, what the first worker tells of its
-steps. The other is `session.run` alone: same config, data, seed, order, threads and niceness, nobody to tell.
+steps; it writes to a file and so shows no bar. The other is `session.run` alone: same config, data, seed, order, threads and niceness, nobody to tell.
 
 Both have begun their epoch when the measuring begins. Then one runs for a slice of time while every process of the other is stopped (SIGSTOP),
 and the other way round, in a new order for each pair: what Ray does in the background falls on Ray's side alone. What follows right after a
@@ -194,10 +194,11 @@ class Side:
             self.check()
             if time.monotonic() > end:
                 self.fail(f"does not train within {PATIENCE_S:g} s")
-            time.sleep(0.2)
+            time.sleep(0.5)
         time.sleep(STARTED_S)
 
     def check(self) -> None:
+        self.members()  # who they are is not to be found out any more once those above are gone
         if self.process.poll() is not None:
             self.fail(f"ended with {self.process.returncode}")
 
@@ -321,8 +322,9 @@ def compared(options: argparse.Namespace, folder: Path) -> None:
         for pair in range(1, options.pairs + 1):
             for name in order.sample(SIDES, 2):
                 found[name].append(measure(sides[name], options.slice_seconds))
-                if len(sides[name].times()) >= steps_per_epoch - 1:
-                    raise SystemExit(f"raytrain: the epoch of {steps_per_epoch} steps ended with pair {pair}; give more --images")
+                to_come = (options.pairs - pair) * (options.slice_seconds + SETTLE_S) / found[name][-1].seconds
+                if len(sides[name].times()) + 1.1 * to_come >= steps_per_epoch:
+                    raise SystemExit(f"raytrain: an epoch of {steps_per_epoch} steps ends before the pairs do; give more --images")
             print(f"pair {pair}: " + ", ".join(f"{name} {1e3 * found[name][-1].seconds:.2f} ms a step" for name in SIDES), file=sys.stderr)
         for name, side in sides.items():
             if side.workers().keys() != workers[name].keys():

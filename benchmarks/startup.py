@@ -278,7 +278,7 @@ def run(options: argparse.Namespace, folder: Path, number: int, data_dir: Path) 
             side.check()
             if time.monotonic() > began + PATIENCE_S:
                 side.fail(f"has no step done within {PATIENCE_S:g} s")
-            time.sleep(0.2)
+            time.sleep(0.5)
     finally:
         side.end()
     return shares(events_of(trace), began)
