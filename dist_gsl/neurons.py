@@ -114,7 +114,8 @@ class _Mask:
         return mask
 
     def __set__(self, layer: NeuronLayer, mask: Tensor) -> None:
-        layer.__dict__["_mask"] = mask
+        """What a device said before holds no more."""
+        layer.__dict__.update(_mask=mask, _ask=None, _version=layer.mask_version + 1)
 
 
 @dataclass
@@ -138,7 +139,8 @@ class NeuronLayer:
     indices: Tensor
     """int64 (num_neurons,): each neuron's number in the starting network."""
     mask: _Mask = _Mask()
-    """bool (num_neurons,), a tensor on the CPU: True is alive. Death is this mask, never inferred from zeros."""
+    """bool (num_neurons,), a tensor on the CPU: True is alive. Death is this mask, never inferred from zeros. Who makes neurons live again
+    assigns another one."""
     pinned: str | None = None
     """Why these neurons cannot be removed; None: they can."""
     partners: tuple[str, ...] = ()
@@ -153,9 +155,19 @@ class NeuronLayer:
     def num_neurons(self) -> int:
         return len(self.indices)
 
+    @property
+    def mask_version(self) -> int:
+        """How often a mask was assigned."""
+        version: int = self.__dict__.get("_version", 0)
+        return version
+
     def ask_first(self, ask: Callable[[], None] | None) -> None:
         """`ask` is called before somebody reads the mask; None: nothing is to be asked any more."""
         self.__dict__["_ask"] = ask
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies know what a device knew, and nothing of the device."""
+        return {**self.__dict__, "_mask": self.mask, "_ask": None}
 
     def alive(self) -> Tensor:
         """bool (num_neurons,), a copy."""
@@ -224,7 +236,8 @@ class Neurons:
         return [piece.rows(self._parameters[piece.tensor]) for piece in layer.producers]
 
     def register_copy(self, tensors: Copies, *, is_model: bool = False) -> None:
-        """Adds tensors that mirror the parameters (momentum, moving averages) by name: a death clears them too.
+        """Adds tensors that mirror the parameters (momentum, moving averages) by name: a death clears them too. Whenever it is called,
+        `tensors` gives the same ones, changed in place.
 
         is_model: they compute outputs as the parameters do (a moving average, not momentum), running statistics included, so that f(0) of
         the dead is folded into their biases too.

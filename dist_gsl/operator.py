@@ -7,11 +7,12 @@ clears what a death clears, and the host asks when somebody reads a mask.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from dist_gsl import kernels
 from dist_gsl.kernels import Kind, Layout
@@ -54,10 +55,15 @@ class ProximalOperator:
         self._layouts: dict[str, Layout] = {}
         self._found: dict[str, Prox] = {}
         """What the host knows of this step."""
-        self._steps: dict[tuple[str, ...], gpu.Step] = {}
-        self._launched: list[tuple[gpu.Step, list[_Due]]] = []
-        self._unheard: dict[int, tuple[gpu.Step, list[_Due]]] = {}
+        self._shrinks: dict[tuple[str, ...], gpu.Shrink] = {}
+        self._launched: dict[tuple[str, ...], tuple[gpu.Shrink, list[_Due]]] = {}
+        self._clears: dict[tuple[tuple[str, ...], ...], gpu.Clear] = {}
+        self._alive: dict[str, tuple[int, Tensor]] = {}
+        """Of each layer on a device, the version of its mask that was taken there, and what became of it."""
+        self._unheard: list[tuple[gpu.Clear, list[_Due], list[int]]] = []
         self._cleared: dict[str, tuple[int, list[Layout]]] = {}
+        self._generation = 0
+        """Of the tensors that mirror the parameters."""
 
     def shrink_(self, layers: Iterable[NeuronLayer], *, step: int, t_of: Callable[[NeuronLayer], float]) -> None:
         """The proximal step of layers. step: what the penalty's schedules are read at; t_of: a layer's t."""
@@ -81,27 +87,31 @@ class ProximalOperator:
     def bury_(self) -> bool:
         """Kills what reached zero in the layers that `shrink_` was called for; whether there were any."""
         found, self._found = self._found, {}
-        launched, self._launched = self._launched, []
+        launched, self._launched = self._launched, {}
         for name, prox in found.items():
             layer = self.neurons[name]
-            if prox.kept_by_force:
-                self._warn_of_force(name, prox.beta)
             if self.revive:  # without penalty too: a neuron that was zero may have come back since
                 layer.mask = (row_norms(self.neurons.parts(layer)) > 0).to(layer.mask.device)
             elif prox.dead is not None:
                 dead = prox.dead.to(layer.mask.device) & layer.mask
                 if bool(dead.any()):
                     self.neurons.zero_({name: dead.nonzero().flatten()})
-        for step, dues in launched:
-            step.clear_([[] if self.revive else self._cleared_with(due.layer) for due in dues])
-            self._unheard[id(step)] = step, dues
-            for due in dues:
-                due.layer.ask_first(self._hear)
+        self._clear_on_devices_(launched)
+        for name, prox in found.items():
+            if prox.kept_by_force:
+                self._warn_of_force(name, prox.beta)
         return bool(found or launched)
 
+    def forget(self) -> None:
+        """Another state is loaded: what was found of this one holds no more."""
+        self._found, self._launched, self._unheard, self._alive = {}, {}, [], {}
+        for layer in self.neurons:
+            layer.ask_first(None)
+        self.forget_copies()
+
     def forget_copies(self) -> None:
-        """What mirrors the parameters has changed: momentum has come, or a state was loaded."""
-        self._steps, self._cleared = {}, {}
+        """What mirrors the parameters has changed, as when momentum has come."""
+        self._generation += 1
 
     def _due(self, layer: NeuronLayer, step: int, t: float) -> _Due:
         is_one_group = self.branches_are_groups and layer.bypassed and self.depth
@@ -164,43 +174,85 @@ class ProximalOperator:
         from dist_gsl.kernels import gpu
 
         names = tuple(due.layer.name for due in dues)
-        step = self._steps.get(names)
-        if step is None or not all(a is due.layout for a, due in zip(step.layouts, dues, strict=True)):
-            step = self._steps[names] = gpu.Step(
-                [due.layout for due in dues], min_alive=[due.min_alive for due in dues],
-                masks=[torch.ones_like(due.layer.mask) if self.revive else due.layer.mask for due in dues], for_good=not self.revive,
-            )  # fmt: skip
-        step.shrink_(cuts=[due.cut for due in dues], thresholds=[due.threshold for due in dues])
-        self._launched.append((step, list(dues)))
+        shrink = self._shrinks.get(names)
+        if shrink is None or not _are_same(shrink.layouts, [due.layout for due in dues]):
+            shrink = self._shrinks[names] = gpu.Shrink([due.layout for due in dues])
+        shrink(cuts=[due.cut for due in dues], thresholds=[due.threshold for due in dues])
+        self._launched[names] = shrink, list(dues)
+
+    def _clear_on_devices_(self, launched: Mapping[tuple[str, ...], tuple[gpu.Shrink, list[_Due]]]) -> None:
+        """The second launch, one for all layers of a type and device."""
+        together: dict[tuple[torch.dtype, torch.device], list[tuple[str, ...]]] = {}
+        for names in sorted(launched):  # threads end in any order
+            shrink = launched[names][0]
+            together.setdefault((shrink.dtype, shrink.device), []).append(names)
+        for keys in together.values():
+            shrinks = [launched[names][0] for names in keys]
+            dues = [due for names in keys for due in launched[names][1]]
+            also = [[] if self.revive else self._cleared_with(due.layer) for due in dues]
+            alive = [self._alive_on_device(due) for due in dues]
+            clear = self._clears.get(tuple(keys))
+            is_known = clear is not None and _are_same(
+                [*clear.shrinks, *clear.alive, *(layout for layouts in clear.also for layout in layouts)],
+                [*shrinks, *alive, *(layout for layouts in also for layout in layouts)],
+            )
+            if clear is None or not is_known:
+                from dist_gsl.kernels import gpu
+
+                clear = self._clears[tuple(keys)] = gpu.Clear(
+                    shrinks, also=also, min_alive=[due.min_alive for due in dues], alive=alive, for_good=not self.revive
+                )
+            clear()
+            versions = [due.layer.mask_version for due in dues]
+            self._unheard = [each for each in self._unheard if each[0] is not clear] + [(clear, dues, versions)]
+            for due in dues:
+                due.layer.ask_first(self._hear)
+
+    def _alive_on_device(self, due: _Due) -> Tensor:
+        layer = due.layer
+        known = self._alive.get(layer.name)
+        if known is None or known[0] != layer.mask_version:
+            known = self._alive[layer.name] = layer.mask_version, layer.mask.to(torch.uint8).to(due.layout.device)
+        return known[1]
 
     def _cleared_with(self, layer: NeuronLayer) -> list[Layout]:
         """What a death of the layer's neurons clears besides their own parameters."""
         known = self._cleared.get(layer.name)
-        if known is None or known[0] != self.neurons.num_copies or not all(layout.is_current() for layout in known[1]):
+        key = self._generation + self.neurons.num_copies  # both only grow
+        if known is None or known[0] != key or not all(layout.is_current() for layout in known[1]):
             rows = [
                 piece.of(tensors[piece.tensor])
                 for is_model, tensors in self.neurons.everywhere()
                 for piece in (layer.readers if is_model else (*layer.producers, *layer.readers))
                 if piece.tensor in tensors
             ]
-            known = self._cleared[layer.name] = self.neurons.num_copies, [Layout([each], layer.num_neurons) for each in rows]
+            known = self._cleared[layer.name] = key, [Layout([each], layer.num_neurons) for each in rows]
         return known[1]
 
     def _hear(self) -> None:
-        """What the device knows of deaths and the host does not; waits for it."""
-        heard, self._unheard = list(self._unheard.values()), {}
-        for _, dues in heard:
-            for due in dues:
-                due.layer.ask_first(None)
-        for step, dues in heard:
-            for due, mask, is_forced in zip(dues, step.masks(), step.kept_by_force(), strict=True):
-                layer = due.layer
-                if is_forced:
-                    self._warn_of_force(layer.name, due.beta)
-                if self.revive:
-                    layer.mask = (row_norms(self.neurons.parts(layer)) > 0).to(layer.mask.device)
-                elif bool((layer.mask & ~mask).any()):
-                    self.neurons.zero_({layer.name: (layer.mask & ~mask).nonzero().flatten()})
+        """What the device knows of deaths and the host does not; waits for it.
+
+        What died is zero on the device already, and what a branch without neurons leaves without readers adds nothing to any gradient: so this
+        may come between forward and backward, which must not take it for a change.
+        """
+        heard, self._unheard = self._unheard, []
+        for layer in self.neurons:
+            layer.ask_first(None)
+        forced: list[_Due] = []
+        with torch.autograd._unsafe_preserve_version_counter(tuple(self.neurons.model.parameters())):
+            for clear, dues, versions in heard:
+                for due, version, (mask, is_forced) in zip(dues, versions, clear.heard(), strict=True):
+                    layer = due.layer
+                    if is_forced:
+                        forced.append(due)
+                    if layer.mask_version != version:  # somebody assigned another one
+                        continue
+                    if self.revive:
+                        layer.mask[:] = mask
+                    elif bool((layer.mask & ~mask).any()):
+                        self.neurons.zero_({layer.name: (layer.mask & ~mask).nonzero().flatten()})
+        for due in forced:
+            self._warn_of_force(due.layer.name, due.beta)
 
     def _warn_of_force(self, name: str, beta: float) -> None:
         if name not in self.warned:
@@ -210,3 +262,7 @@ class ProximalOperator:
                 f"stay, {self.min_alive} in all (min_alive). Lower beta for this layer or start it later",
                 stacklevel=2,
             )
+
+
+def _are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))

@@ -184,10 +184,10 @@ class ProximalSGD(torch.optim.Optimizer):
         """The parameters' momentum after another direction."""
         moving = [(self.state[p]["momentum_buffer"], d) for p, d in zip(parameters, directions, strict=True) if self.state.get(p)]
         if len(moving) < len(parameters):  # first gradients
-            self._operator.forget_copies()
             for p, direction in zip(parameters, directions, strict=True):
                 if not self.state.get(p):
                     self.state[p]["momentum_buffer"] = direction.clone()
+            self._operator.forget_copies()
         if moving:
             torch._foreach_mul_([buffer for buffer, _ in moving], momentum)
             torch._foreach_add_([buffer for buffer, _ in moving], [direction for _, direction in moving])
@@ -228,10 +228,11 @@ class ProximalSGD(torch.optim.Optimizer):
         state = dict(state_dict)
         if "neurons" not in state:
             raise ValueError("ProximalSGD: the state has no neurons: it is another optimizer's, load a ProximalSGD's")
+        self._operator.forget()
         self.neurons.load_state_dict(state.pop("neurons"))
-        self._operator.forget_copies()
         self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
         super().load_state_dict(state)
+        self._operator.forget_copies()
 
     def _momentum(self) -> list[dict[str, Tensor]]:
         buffers = {}

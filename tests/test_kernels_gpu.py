@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons, kernels
@@ -28,9 +31,25 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "kind_of", lambda layout: Kind.GPU if kind_of(layout) is Kind.CPU else kind_of(layout))
 
 
-def step_of(layouts: list[Layout], *, min_alive: int = 0) -> gpu.Step:
-    masks = [torch.ones(layout.num_neurons, dtype=torch.bool) for layout in layouts]
-    return gpu.Step(layouts, min_alive=[min_alive] * len(layouts), masks=masks, for_good=True)
+class Step:
+    """Both launches, for layers that are whole."""
+
+    def __init__(self, layouts: list[Layout], *, min_alive: int = 0) -> None:
+        self.shrink_ = gpu.Shrink(layouts)
+        alive = [torch.ones(layout.num_neurons, dtype=torch.uint8) for layout in layouts]
+        nothing: list[list[Layout]] = [[] for _ in layouts]
+        self._clear = gpu.Clear([self.shrink_], also=nothing, min_alive=[min_alive] * len(layouts), alive=alive, for_good=True)
+
+    def clear_(self) -> None:
+        self._clear()
+
+    @property
+    def masks(self) -> list[Tensor]:
+        return [mask for mask, _ in self._clear.heard()]
+
+    @property
+    def kept_by_force(self) -> list[bool]:
+        return [is_forced for _, is_forced in self._clear.heard()]
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.3])
@@ -42,14 +61,14 @@ def test_it_is_the_operator(layout: str, dtype: torch.dtype, cut: float) -> None
     thresholds = [0.999 * median_norm(parts, cut) for parts in layers]  # about half of each layer's die
     expected = [by_torch(parts, cut=cut, threshold=threshold) for parts, threshold in zip(layers, thresholds, strict=True)]
     before = [[part.clone() for part in parts] for parts in layers]
-    step = step_of([layout_of(parts) for parts in layers])
+    step = Step([layout_of(parts) for parts in layers])
     step.shrink_(cuts=[cut] * len(layers), thresholds=thresholds)
     for parts, old, (new, factors) in zip(layers, before, expected, strict=True):
         for part, was, will in zip(parts, old, new, strict=True):
             torch.testing.assert_close(part[factors != 0], will[factors != 0])
             assert torch.equal(part[factors == 0], was[factors == 0])  # until all layers are done
-    step.clear_([[]] * len(layers))
-    for parts, (new, factors), alive in zip(layers, expected, step.masks(), strict=True):
+    step.clear_()
+    for parts, (new, factors), alive in zip(layers, expected, step.masks, strict=True):
         assert torch.equal(alive, factors != 0)
         for part, will in zip(parts, new, strict=True):
             torch.testing.assert_close(part, will)
@@ -64,14 +83,14 @@ def test_the_strongest_of_the_dying_stay(norms: list[float], min_alive: int, thr
     before = part.clone()
     factors = shrink_factors(before.norm(dim=1), threshold)
     dead, kept = dying([before], factors, min_alive=min_alive)
-    step = step_of([layout_of([part])], min_alive=min_alive)
+    step = Step([layout_of([part])], min_alive=min_alive)
     step.shrink_(cuts=[0.0], thresholds=[threshold])
-    step.clear_([[]])
+    step.clear_()
     expected = torch.where((factors > 0)[:, None], before * factors[:, None], before) * ~dead[:, None]
     # Of equals either may stay.
     torch.testing.assert_close(part.norm(dim=1).sort().values, expected.norm(dim=1).sort().values)
-    assert int(step.masks()[0].sum()) == int((~dead).sum())
-    assert step.kept_by_force() == [kept is not None and bool((before.norm(dim=1)[kept] > 0).any())]
+    assert int(step.masks[0].sum()) == int((~dead).sum())
+    assert step.kept_by_force == [kept is not None and bool((before.norm(dim=1)[kept] > 0).any())]
 
 
 def test_neurons_at_any_places() -> None:
@@ -79,12 +98,12 @@ def test_neurons_at_any_places() -> None:
     whole = torch.randn(10, 10, 3, generator=torch.Generator().manual_seed(0))
     by_cpu = whole.clone()
     threshold = float(whole[:, index.flatten()].movedim(1, 0).reshape(3, -1).norm(dim=1).median())
-    step = step_of([Layout([Rows(whole, 1, index, is_block=False)], 3)])
+    step = Step([Layout([Rows(whole, 1, index, is_block=False)], 3)])
     step.shrink_(cuts=[0.1], thresholds=[threshold])
-    step.clear_([[]])
+    step.clear_()
     kernels.cpu.shrink_([Layout([Rows(by_cpu, 1, index, is_block=False)], 3)], cuts=[0.1], thresholds=[threshold], min_alive=[0])
     torch.testing.assert_close(whole, by_cpu)
-    assert int(step.masks()[0].sum()) in (1, 2)
+    assert int(step.masks[0].sum()) in (1, 2)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -93,10 +112,10 @@ def test_neurons_at_any_places() -> None:
 def test_what_is_not_finite_is_not_taken_for_dead(value: float, cut: float) -> None:
     parts = [torch.ones(4, 3), torch.ones(4)]
     parts[0][1, 2] = value
-    step = step_of([layout_of(parts)])
+    step = Step([layout_of(parts)])
     step.shrink_(cuts=[cut], thresholds=[0.1])
-    step.clear_([[]])
-    assert step.masks()[0].all()
+    step.clear_()
+    assert step.masks[0].all()
     assert torch.cat([part.reshape(4, -1) for part in parts], dim=1).isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
@@ -118,7 +137,7 @@ def course(*, num_steps: int = 20, **options: Any) -> tuple[nn.Module, nn.Module
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"weight_decay": 1e-2, "nesterov": True}, {"every": 3}, {"revive": True}, {"beta": {"conv1": 2.0, "fc1": 0.05}, "min_alive": 3}],
+    [{}, {"weight_decay": 1e-2, "nesterov": True}, {"every": 3}, {"revive": True}, {"revive": True, "every": 2}, {"beta": {"conv1": 2.0, "fc1": 0.05}, "min_alive": 3}],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:layer .* would kill every neuron")
@@ -159,32 +178,112 @@ class Watched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero", "aten::masked_select"}
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero", "aten::masked_select", "aten::_to_copy"}
 """What the host waits for a device in."""
 
 
-def test_a_step_asks_the_device_nothing_and_takes_two_launches(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _, neurons, optimizer, _ = course(beta=0.05, num_steps=3)  # tables and momentum are there
-    launches: list[str] = []
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the launches from now on."""
+    found: list[str] = []
     for name in ("_shrink", "_clear"):
         kernel = getattr(gpu, name)
 
         class Counted:
             def __getitem__(self, grid: Any, name: str = name, kernel: Any = kernel) -> Any:
-                launches.append(name)
+                found.append(name)
                 return kernel[grid]
 
         monkeypatch.setattr(gpu, name, Counted())
-    with Watched() as watched:
+    return found
+
+
+def test_a_step_asks_the_device_nothing_and_takes_two_launches(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, neurons, optimizer, _ = course(beta=0.05, num_steps=3)  # tables and momentum are there
+    launches = launches_of(monkeypatch)
+    with Watched() as watched, monkeypatch.context() as patch:
+        patch.setattr(gpu.Clear, "heard", lambda self: pytest.fail("the host waits for the device"))
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         for _ in range(8):
             optimizer.step()
     assert set(watched.names) & WAITS == set()
     assert launches == ["_shrink", "_clear"] * 8
-    copies = [name for name in watched.names if name == "aten::_to_copy"]
-    assert len(copies) <= 8  # the strengths of each step, to the device
     assert sum(layer.num_dead for layer in neurons) > 0
+
+
+def test_masks_may_be_read_between_forward_and_backward(on_gpu: None) -> None:
+    model, _, neurons, optimizer, _ = course(num_steps=12)
+    assert neurons["conv1"].__dict__["_ask"] is not None
+    (x, y), *_ = batches(1, dtype=torch.float64)
+    loss = F.cross_entropy(model(x), y)
+    assert sum(layer.num_dead for layer in neurons) > 0
+    loss.backward()
+    optimizer.step()
+
+
+def test_what_died_unheard_does_not_die_in_a_state_that_is_loaded(on_gpu: None) -> None:
+    model = chain(dtype=torch.float64)
+    neurons = find_neurons(model, torch.zeros(1, *IMAGE, dtype=torch.float64))
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.08), lr=0.05, momentum=0.9)
+    parameters, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for batch in batches(12, dtype=torch.float64):
+        train_step(model, optimizer.step, batch)
+    model.load_state_dict(parameters)
+    optimizer.load_state_dict(state)
+    assert all(layer.mask.all() for layer in neurons)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, parameters[name]), name
+
+
+def test_a_mask_that_is_assigned_reaches_the_device(on_gpu: None) -> None:
+    """As when processes agree on the dead of the first: a neuron that is alive again may die again."""
+    model, _, neurons, optimizer, _ = course(beta={"fc1": 0.15}, num_steps=12)
+    layer, weight, bias = neurons["fc1"], neurons.parameter("fc1.weight"), neurons.parameter("fc1.bias")
+    (gone, *_) = (~layer.mask).nonzero().flatten().tolist()
+    layer.mask = torch.ones_like(layer.mask)
+    weight.data[gone] = 5.0
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert layer.mask[gone]
+    for tensor in (weight.data, bias.data, optimizer.state[weight]["momentum_buffer"], optimizer.state[bias]["momentum_buffer"]):
+        tensor[gone] = 0.0
+    optimizer.step()
+    assert not layer.mask[gone]
+
+
+def test_copies_know_what_the_device_knew(on_gpu: None) -> None:
+    _, _, neurons, _, _ = course(num_steps=12)
+    other = copy.deepcopy(neurons)
+    assert sum(layer.num_dead for layer in other) == sum(layer.num_dead for layer in neurons) > 0
+
+
+def test_within_backward_it_is_what_it_is_by_hand(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several buckets, built anew after the first step, deaths from the first step on; a layer whose parts lie in two buckets."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        attached, plain = chain(dtype=torch.float64), chain(dtype=torch.float64)
+        found = []
+        for model in (attached, plain):
+            neurons = find_neurons(model, torch.zeros(1, *IMAGE, dtype=torch.float64))
+            penalty = SparseGroupLasso(beta=0.08, alpha=0.3)
+            found.append((neurons, ProximalSGD(model.parameters(), neurons, penalty, lr=0.05, momentum=0.9)))
+        (neurons, optimizer), (plain_neurons, plain_optimizer) = found
+        ddp = DistributedDataParallel(attached, bucket_cap_mb=0.001)
+        optimizer.attach(ddp)
+        launches = launches_of(monkeypatch)
+        for number, batch in enumerate(batches(12, dtype=torch.float64)):
+            del launches[:]
+            train_step(ddp, lambda: None, batch)
+            assert launches.count("_clear") == 1, number
+            train_step(plain, plain_optimizer.step, batch)
+        assert launches.count("_shrink") <= 4
+        for (name, p), q in zip(attached.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(p, q), name
+        assert [layer.mask.tolist() for layer in neurons] == [layer.mask.tolist() for layer in plain_neurons]
+        assert sum(layer.num_dead for layer in neurons) > 0
+    finally:
+        dist.destroy_process_group()
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
@@ -236,15 +335,14 @@ from dist_gsl.kernels import gpu
 tile = dict(zip(("r0", "c0", "r1", "c1", "r2", "c2"), (n for shape in gpu.SHAPES for n in shape)))
 for capability in (70, 80, 90):
     for name, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):
-        tables = {"programs": "*i32", "layers": "*i64", "parts": "*i64", "factors": f"*{name}", "norms": f"*{name}", "survivors": "*i32"}
-        constants = {"dtype": dtype, **tile}
-        signature = {**tables, "limits": f"*{name}", "num_layers": "i32", **dict.fromkeys(constants, "constexpr")}
-        in_order = {key: signature[key] for key in gpu._shrink.arg_names}
-        triton.compile(ASTSource(gpu._shrink, in_order, constants), target=GPUTarget("cuda", capability, 32)).asm["cubin"]
-        constants = {"dtype": dtype, "num_looked_at": gpu.NEURONS, "num_columns": gpu.ENTRIES}
-        signature = {**tables, "forced": "*i32", "alive": "*u8", "for_good": "i32", **dict.fromkeys(constants, "constexpr")}
-        in_order = {key: signature[key] for key in gpu._clear.arg_names}
-        triton.compile(ASTSource(gpu._clear, in_order, constants), target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+        tables = {"programs": "*i32", "layers": "*i64", "parts": "*i64"}
+        for kernel, more, constants in (
+            (gpu._shrink, {"limits": f"*{name}", "num_layers": "i32"}, {"dtype": dtype, **tile}),
+            (gpu._clear, {"for_good": "i32"}, {"dtype": dtype, "num_looked_at": gpu.NEURONS, "num_columns": gpu.ENTRIES}),
+        ):
+            types = {**tables, **more, **dict.fromkeys(constants, "constexpr")}
+            in_order = {key: types[key] for key in kernel.arg_names}
+            triton.compile(ASTSource(kernel, in_order, constants), target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 print("compiled")
 """
 

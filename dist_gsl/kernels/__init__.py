@@ -6,9 +6,10 @@ which is also what both are tested against.
 
 from __future__ import annotations
 
-import importlib.util
+import warnings
 from collections.abc import Iterable
 from enum import Enum
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,10 +34,31 @@ def kind_of(layout: Layout) -> Kind:
         return Kind.TORCH
     if layout.device.type == "cpu":
         return Kind.CPU
-    return Kind.GPU if layout.device.type == "cuda" and importlib.util.find_spec("triton") is not None else Kind.TORCH
+    return Kind.GPU if layout.device.type == "cuda" and _gpu_works(layout.device) else Kind.TORCH
 
 
 def check(parameters: Iterable[Tensor]) -> None:
-    """`NotCompiledError` where the compiled functions are missing and some parameter needs them: now, and not when the penalty sets in."""
-    if any(p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in parameters):
-        cpu.library()
+    """Now, and not when the penalty sets in: `NotCompiledError` where the compiled functions are missing and some parameter needs them, a
+    warning where a GPU cannot be compiled for."""
+    devices = {p.device for p in parameters if p.dtype in (torch.float32, torch.float64)}
+    for device in devices:
+        if device.type == "cpu":
+            cpu.library()
+        elif device.type == "cuda":
+            _gpu_works(device)
+
+
+@cache
+def _gpu_works(device: torch.device) -> bool:
+    try:
+        from dist_gsl.kernels import gpu
+
+        gpu.works(device)
+    except Exception as error:  # Triton's compilers and drivers raise of all kinds
+        reason = " ".join(str(error).split())[:300]
+        warnings.warn(
+            f"the proximal step on {device} goes by torch's operations, which make the host wait: Triton cannot be used "
+            f"({type(error).__name__}: {reason}); it needs a C compiler and a GPU of compute capability 7.0 or above", stacklevel=3,
+        )  # fmt: skip
+        return False
+    return True

@@ -1,8 +1,8 @@
-"""The proximal step of layers on a GPU, in Triton: two launches for all layers at once, and no word to the host.
+"""The proximal step of layers on a GPU, in Triton: many layers a launch, and no word to the host.
 
-`Step.shrink_` multiplies the neurons that live; who is dying is left as it is. `Step.clear_` comes when all layers have had that: it takes
-the dying to zero, and what else their deaths clear, unless too few of their layer would be left. Who is dead is kept on the device
-(`Step.alive`), for whoever asks. Imported only where it is used; imports torch and triton.
+`Shrink` multiplies the neurons that live; who is dying is left as it is. `Clear` comes when all layers have had that: it takes
+the dying to zero, and what else their deaths clear, unless too few of their layer would be left. Who is dead is kept on the device,
+for whoever asks. Imported only where it is used; imports torch and triton.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_gsl.kernels.layout import Layout
+from dist_gsl.kernels.layout import Layout, Rows
 
 ENTRIES: Final = 1024
 """Of a tile, which is a program's work at a time."""
@@ -24,7 +24,7 @@ SHAPES: Final = ((1, 1024), (16, 64), (128, 8))
 NEURONS: Final = 32
 """That a program looks at for deaths."""
 _PART = tl.constexpr(7)
-_LAYER = tl.constexpr(5)
+_LAYER = tl.constexpr(9)
 """Columns of the tables of parts and of layers."""
 
 
@@ -61,10 +61,12 @@ def _ratio(x, y, dtype: tl.constexpr):
 
 @triton.jit
 def _shrink_tile(
-    layer, first, layers, parts, limits, num_layers, factors, norms, survivors, dtype: tl.constexpr, num_rows: tl.constexpr, num_columns: tl.constexpr
+    layer, first, layers, parts, limits, num_layers, dtype: tl.constexpr, num_rows: tl.constexpr, num_columns: tl.constexpr
 ):
     its = layers + _LAYER * layer
-    begin, end, num_neurons, offset = tl.load(its).to(tl.int32), tl.load(its + 1).to(tl.int32), tl.load(its + 2).to(tl.int32), tl.load(its + 3)
+    begin, end, num_neurons = tl.load(its).to(tl.int32), tl.load(its + 1).to(tl.int32), tl.load(its + 2).to(tl.int32)
+    factors, norms = tl.load(its + 3).to(tl.pointer_type(dtype)), tl.load(its + 4).to(tl.pointer_type(dtype))
+    survivors = tl.load(its + 5).to(tl.pointer_type(tl.int32))
     cut, threshold = tl.load(limits + layer), tl.load(limits + num_layers + layer)
     neurons = first + tl.arange(0, num_rows)
     exists = neurons < num_neurons
@@ -81,10 +83,10 @@ def _shrink_tile(
             squares += tl.sum(x * x, axis=1)
     norm = _sqrt(cut_squares, dtype)
     factor = tl.where(norm <= threshold, 0.0, _ratio(norm - threshold, tl.where(norm > 0, norm, 1.0), dtype))  # NaN stays NaN
-    tl.store(factors + offset + neurons, factor, mask=exists)
-    tl.store(norms + offset + neurons, _sqrt(squares, dtype), mask=exists)
+    tl.store(factors + neurons, factor, mask=exists)
+    tl.store(norms + neurons, _sqrt(squares, dtype), mask=exists)
     lives = exists & (factor != 0.0)
-    tl.atomic_add(survivors + layer, tl.sum(lives.to(tl.int32), axis=0))
+    tl.atomic_add(survivors, tl.sum(lives.to(tl.int32), axis=0))
     for part in range(begin, end):  # what was just read is in the cache
         size = _size(parts + _PART * part)
         for start in range(0, size, num_columns):
@@ -98,53 +100,57 @@ def _shrink_tile(
 
 @triton.jit
 def _shrink(
-    programs, layers, parts, limits, num_layers, factors, norms, survivors, dtype: tl.constexpr,
+    programs, layers, parts, limits, num_layers, dtype: tl.constexpr,
     r0: tl.constexpr, c0: tl.constexpr, r1: tl.constexpr, c1: tl.constexpr, r2: tl.constexpr, c2: tl.constexpr,
 ):  # fmt: skip
     mine = programs + 3 * tl.program_id(0)
     layer, first, shape = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
     if shape == 0:
-        _shrink_tile(layer, first, layers, parts, limits, num_layers, factors, norms, survivors, dtype, r0, c0)
+        _shrink_tile(layer, first, layers, parts, limits, num_layers, dtype, r0, c0)
     elif shape == 1:
-        _shrink_tile(layer, first, layers, parts, limits, num_layers, factors, norms, survivors, dtype, r1, c1)
+        _shrink_tile(layer, first, layers, parts, limits, num_layers, dtype, r1, c1)
     else:
-        _shrink_tile(layer, first, layers, parts, limits, num_layers, factors, norms, survivors, dtype, r2, c2)
+        _shrink_tile(layer, first, layers, parts, limits, num_layers, dtype, r2, c2)
 
 
 @triton.jit
-def _clear(
-    programs, layers, parts, factors, norms, survivors, forced, alive, for_good, dtype: tl.constexpr, num_looked_at: tl.constexpr, num_columns: tl.constexpr
-):
+def _clear(programs, layers, parts, for_good, dtype: tl.constexpr, num_looked_at: tl.constexpr, num_columns: tl.constexpr):
     mine = programs + 2 * tl.program_id(0)
     layer, first = tl.load(mine), tl.load(mine + 1)
     its = layers + _LAYER * layer
-    num_neurons, offset = tl.load(its + 2).to(tl.int32), tl.load(its + 3)
+    begin, end, num_neurons = tl.load(its).to(tl.int32), tl.load(its + 1).to(tl.int32), tl.load(its + 2).to(tl.int32)
+    factors, norms = tl.load(its + 3).to(tl.pointer_type(dtype)), tl.load(its + 4).to(tl.pointer_type(dtype))
+    alive = tl.load(its + 6).to(tl.pointer_type(tl.uint8))
     neurons = first + tl.arange(0, num_looked_at)
     exists = neurons < num_neurons
-    factor = tl.load(factors + offset + neurons, mask=exists, other=1.0)
-    was_alive = tl.load(alive + offset + neurons, mask=exists, other=0)
-    dying = ((factor == 0.0) & (was_alive != 0)).to(tl.int32)
+    factor = tl.load(factors + neurons, mask=exists, other=1.0)
+    was_alive = tl.load(alive + neurons, mask=exists, other=0)
+    is_zero = factor == 0.0
+    if for_good == 0:  # who was dead may live again
+        tl.store(alive + neurons, (factor != 0.0).to(tl.uint8), mask=exists & (factor != 0.0))
+        dying = is_zero.to(tl.int32)
+    else:
+        dying = (is_zero & (was_alive != 0)).to(tl.int32)
     if tl.sum(dying, axis=0) > 0:
-        begin, end = tl.load(its).to(tl.int32), tl.load(its + 1).to(tl.int32)
-        missing = tl.load(its + 4).to(tl.int32) - tl.load(survivors + layer)
+        missing = tl.load(its + 8).to(tl.int32) - tl.load(tl.load(its + 5).to(tl.pointer_type(tl.int32)))
         for k in range(num_looked_at):
             is_dying = tl.sum(tl.where(tl.arange(0, num_looked_at) == k, dying, 0), axis=0) > 0
             if is_dying:
                 neuron = first + k
-                kept = 0
+                kept = missing * 0
                 if missing > 0:  # the strongest stay; one that was zero before does not
-                    norm = tl.load(norms + offset + neuron)
+                    norm = tl.load(norms + neuron)
                     rank = 0
                     for start in range(0, num_neurons, num_columns):
                         others = start + tl.arange(0, num_columns)
                         is_there = others < num_neurons
-                        theirs = tl.load(norms + offset + others, mask=is_there, other=-1.0)
-                        die_too = tl.load(factors + offset + others, mask=is_there, other=1.0) == 0.0
+                        theirs = tl.load(norms + others, mask=is_there, other=-1.0)
+                        die_too = tl.load(factors + others, mask=is_there, other=1.0) == 0.0
                         stronger = die_too & ((theirs > norm) | ((theirs == norm) & (others < neuron)))
                         rank += tl.sum(stronger.to(tl.int32), axis=0)
                     kept = ((rank < missing) & (norm > 0.0)).to(tl.int32)
                 if kept != 0:
-                    tl.store(forced + layer, 1)
+                    tl.store(tl.load(its + 7).to(tl.pointer_type(tl.int32)), 1)
                 else:
                     row = tl.zeros([1], tl.int32) + neuron
                     for part in range(begin, end):
@@ -154,96 +160,110 @@ def _clear(
                             valid = (entries < size)[None, :]
                             where = _pointers(parts + _PART * part, row, entries, valid, dtype)
                             tl.store(where, tl.zeros([1, num_columns], dtype), mask=valid)
-                    if for_good != 0:
-                        tl.store(alive + offset + neuron, 0)
+                tl.store(alive + neuron, kept.to(tl.uint8))
 
 
 _TYPES: Final = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-class Step:
-    """The proximal step of some layers, as often as wanted; its tables lie on the device.
+class Shrink:
+    """s = S(x, cut) over all parts of a neuron; x becomes (1 - threshold / |s|) s where |s| > threshold: for some layers, as often as wanted.
+
+    layouts: of one type and device, with parts.
+    """
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self.layouts = list(layouts)
+        self.device, self.dtype = layouts[0].device, layouts[0].dtype
+        self.sizes = [layout.num_neurons for layout in layouts]
+        both = torch.empty(2, sum(self.sizes), dtype=self.dtype, device=self.device)
+        self.factors, self.norms = (list(flat.split(self.sizes)) for flat in both)
+        self.survivors = torch.zeros(len(layouts), dtype=torch.int32, device=self.device)
+        """Neurons of each layer whose factor is not 0."""
+        shapes = [_shape(layout) for layout in layouts]
+        starts = [(layer, n, shape) for layer, shape in enumerate(shapes) for n in range(0, self.sizes[layer], SHAPES[shape][0])]
+        self._programs = torch.tensor(starts, dtype=torch.int32).to(self.device)
+        rows = [
+            (size, factors.data_ptr(), norms.data_ptr(), survivors.data_ptr(), 0, 0, 0)
+            for size, factors, norms, survivors in zip(self.sizes, self.factors, self.norms, self.survivors, strict=True)
+        ]
+        self._layers, self._parts = _tables(rows, [[layout] for layout in layouts], self.device)
+
+    def __call__(self, *, cuts: Sequence[float], thresholds: Sequence[float]) -> None:
+        limits = torch.tensor([*cuts, *thresholds], dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        self.survivors.zero_()
+        with _on(self.device):
+            _shrink[len(self._programs),](
+                self._programs, self._layers, self._parts, limits.to(self.device, non_blocking=True), len(self.layouts), _TYPES[self.dtype],
+                *SHAPES[0], *SHAPES[1], *SHAPES[2],
+            )  # fmt: skip
+
+
+class Clear:
+    """Takes those to zero whom `Shrink` left, with what else their deaths clear; not the strongest of them where a layer would be left with
+    fewer than it keeps.
 
     Args:
-        layouts: of one type and device, with parts.
-        min_alive: neurons that each layer keeps at least.
-        masks: of each layer, bool (num_neurons,): who is alive.
+        shrinks: of one type and device, each launched before.
+        also: for each of their layers, what is cleared besides.
+        min_alive: of each layer, neurons that it keeps.
+        alive: of each layer, uint8 (num_neurons,) on the device: who is; this is what a launch changes.
         for_good: a neuron that died is not looked at again.
     """
 
-    def __init__(self, layouts: Sequence[Layout], *, min_alive: Sequence[int], masks: Sequence[Tensor], for_good: bool) -> None:
-        self.layouts, self.for_good = list(layouts), for_good
-        self._min_alive = list(min_alive)
-        self._device, dtype = layouts[0].device, layouts[0].dtype
-        self._sizes = [layout.num_neurons for layout in layouts]
-        num_neurons = sum(self._sizes)
-        self._factors, self._norms = torch.empty(2, num_neurons, dtype=dtype, device=self._device)
-        self._survivors, self._forced = torch.zeros(2, len(layouts), dtype=torch.int32, device=self._device)
-        self.alive = torch.cat(list(masks)).to(torch.uint8).to(self._device)
-        """Of all layers, one after another."""
-        shapes = [_shape(layout) for layout in layouts]
-        starts = [(layer, n, shape) for layer, shape in enumerate(shapes) for n in range(0, self._sizes[layer], SHAPES[shape][0])]
-        self._programs = torch.tensor(starts, dtype=torch.int32).to(self._device)
-        looks = [(layer, n) for layer, size in enumerate(self._sizes) for n in range(0, size, NEURONS)]
+    def __init__(
+        self, shrinks: Sequence[Shrink], *, also: Sequence[Sequence[Layout]], min_alive: Sequence[int], alive: Sequence[Tensor], for_good: bool
+    ) -> None:
+        self.shrinks, self.also, self.alive, self.for_good = list(shrinks), [list(layouts) for layouts in also], list(alive), for_good
+        self._device, self._dtype = shrinks[0].device, shrinks[0].dtype
+        layers = [(shrink, number) for shrink in shrinks for number in range(len(shrink.layouts))]
+        self._forced = torch.zeros(len(layers), dtype=torch.int32, device=self._device)
+        looks = [(layer, n) for layer, (shrink, number) in enumerate(layers) for n in range(0, shrink.sizes[number], NEURONS)]
         self._looks = torch.tensor(looks, dtype=torch.int32).to(self._device)
-        self._layers, self._parts = self._tables([[layout] for layout in layouts])
-        self._cleared: list[list[Layout]] = []
-        self._clear_tables = self._layers, self._parts
+        rows = [
+            (
+                shrink.sizes[number], shrink.factors[number].data_ptr(), shrink.norms[number].data_ptr(), shrink.survivors[number].data_ptr(),
+                its.data_ptr(), forced.data_ptr(), least,
+            )
+            for (shrink, number), its, forced, least in zip(layers, alive, self._forced, min_alive, strict=True)
+        ]  # fmt: skip
+        layouts = [[shrink.layouts[number], *more] for (shrink, number), more in zip(layers, self.also, strict=True)]
+        self._layers, self._parts = _tables(rows, layouts, self._device)
 
-    def is_current(self) -> bool:
-        return all(layout.is_current() for layout in self.layouts)
-
-    def shrink_(self, *, cuts: Sequence[float], thresholds: Sequence[float]) -> None:
-        """s = S(x, cut) over all parts of a neuron; x becomes (1 - threshold / |s|) s where |s| > threshold."""
-        limits = torch.tensor([*cuts, *thresholds], dtype=self.layouts[0].dtype, pin_memory=self._device.type == "cuda")
-        self._survivors.zero_()
-        with _on(self._device):
-            _shrink[len(self._programs),](
-                self._programs, self._layers, self._parts, limits.to(self._device, non_blocking=True), len(self.layouts), self._factors,
-                self._norms, self._survivors, _TYPES[self.layouts[0].dtype], *SHAPES[0], *SHAPES[1], *SHAPES[2],
-            )  # fmt: skip
-
-    def clear_(self, also: Sequence[Sequence[Layout]]) -> None:
-        """Takes those to zero whose |s| was not above the threshold, and what they own of `also`, layouts for each layer; not the strongest of
-        them where a layer would be left with fewer than it keeps."""
-        if not self._is_cleared_with(also):
-            self._cleared = [list(layouts) for layouts in also]
-            self._clear_tables = self._tables([[own, *more] for own, more in zip(self.layouts, also, strict=True)])
-        layers, parts = self._clear_tables
+    def __call__(self) -> None:
         with _on(self._device):
             _clear[len(self._looks),](
-                self._looks, layers, parts, self._factors, self._norms, self._survivors, self._forced, self.alive, int(self.for_good),
-                _TYPES[self.layouts[0].dtype], NEURONS, ENTRIES,
+                self._looks, self._layers, self._parts, int(self.for_good), _TYPES[self._dtype], NEURONS, ENTRIES
             )  # fmt: skip
 
-    def masks(self) -> list[Tensor]:
-        """Who is alive, bool (num_neurons,) of each layer, on the CPU: waits for the device."""
-        return list(self.alive.cpu().bool().split(self._sizes))
+    def heard(self) -> list[tuple[Tensor, bool]]:
+        """Of each layer, who is alive, bool (num_neurons,) on the CPU, and whether neurons ever stayed for `min_alive`: waits for the device."""
+        masks = torch.cat(self.alive).cpu().bool().split([len(each) for each in self.alive])
+        return list(zip(masks, self._forced.cpu().bool().tolist(), strict=True))
 
-    def kept_by_force(self) -> list[bool]:
-        """Of each layer, whether neurons ever stayed for `min_alive`: waits for the device."""
-        found: list[bool] = self._forced.cpu().bool().tolist()
-        return found
 
-    def _is_cleared_with(self, also: Sequence[Sequence[Layout]]) -> bool:
-        known = [layout for layouts in self._cleared for layout in layouts]
-        asked = [layout for layouts in also for layout in layouts]
-        return len(known) == len(asked) and all(a is b for a, b in zip(known, asked, strict=True))
+def _tables(rows: Sequence[tuple[int, ...]], layouts: Sequence[Sequence[Layout]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 on the device: of each layer (first part, last and one, neurons, and by address factors, norms, survivors, who is alive, whether
+    some were kept by force, then how many are to stay), and of each part of all its layouts (data, index, positions, stride, blocks, block_stride, run)."""
+    layers: list[tuple[int, ...]] = []
+    parts: list[tuple[int, ...]] = []
+    for row, its in zip(rows, layouts, strict=True):
+        begin = len(parts)
+        for layout in its:
+            assert layout.parts is not None
+            parts += [tuple(getattr(part, name) or 0 for name, *_ in part._fields_) for part in layout.parts]
+        layers.append((begin, len(parts), *row))
+    return torch.tensor(layers).to(device), torch.tensor(parts).to(device)
 
-    def _tables(self, layouts: Sequence[Sequence[Layout]]) -> tuple[Tensor, Tensor]:
-        """int64 tables on the device: of each layer (first part, last and one, neurons, where they begin among all, neurons that stay), and of
-        each part of all its layouts (data, index, positions, stride, blocks, block_stride, run)."""
-        layers: list[tuple[int, ...]] = []
-        parts: list[tuple[int, ...]] = []
-        offset = 0
-        for size, least, its in zip(self._sizes, self._min_alive, layouts, strict=True):
-            begin = len(parts)
-            for layout in its:
-                assert layout.parts is not None
-                parts += [tuple(getattr(part, name) or 0 for name, _ in part._fields_) for part in layout.parts]
-            layers.append((begin, len(parts), size, offset, least))
-            offset += size
-        return torch.tensor(layers).to(self._device), torch.tensor(parts).to(self._device)
+
+def works(device: torch.device) -> None:
+    """Compiles and launches both for a neuron. Raises whatever Triton does where there is no compiler, or none for this device."""
+    weight = torch.ones(1, 1, device=device)
+    shrink = Shrink([Layout([Rows(weight, 0, torch.zeros(1, 1, dtype=torch.int64), is_block=True)], 1)])
+    shrink(cuts=[0.0], thresholds=[2.0])
+    Clear([shrink], also=[[]], min_alive=[0], alive=[torch.ones(1, dtype=torch.uint8, device=device)], for_good=True)()
+    if float(weight) != 0:
+        raise RuntimeError(f"a neuron that is to be 0 is {float(weight)}")
 
 
 def _shape(layout: Layout) -> int:
@@ -254,4 +274,5 @@ def _shape(layout: Layout) -> int:
 
 
 def _on(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
