@@ -68,7 +68,7 @@ class InBackward:
             self._begin()
         buffer, parameters = bucket.buffer(), bucket.parameters()
         gradients = [  # bucket.gradients() reads channels_last parameters in the wrong order
-            g.as_strided(p.shape, p.stride(), g.storage_offset())
+            g.as_strided(p.shape, p.stride(), g.storage_offset()) if is_dense(p) else g
             for p, g in zip(parameters, bucket.gradients(), strict=True)
         ]
 
@@ -150,3 +150,13 @@ class InBackward:
                 optimizer.step()
         finally:
             self.stepping = False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its entries fill their memory without a gap, in whatever order: DDP lays gradients out as such parameters, others contiguously."""
+    end = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1):
+        if stride != end:
+            return False
+        end *= size
+    return True

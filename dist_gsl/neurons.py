@@ -6,6 +6,7 @@ Its readers are the slices of later parameters that multiply its output. Imports
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, overload
@@ -354,9 +355,15 @@ class Neurons:
             if len(values["mask"]) != layer.num_neurons:
                 raise ValueError(f"neurons: layer {name!r} has {layer.num_neurons} neurons, the state "
                                  f"{len(values['mask'])}; set the network's widths first")
+        for name, values in state.items():
+            layer = self._layers[name]
             layer.mask = values["mask"].bool().clone()
             layer.indices = values["indices"].clone()
             layer.group_size, layer.starting_neurons = int(values["group_size"]), int(values["starting_neurons"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Neurons:
+        """Of a copy of the model; what was registered stays with this one."""
+        return self.bound_to(copy.deepcopy(self.model, memo))
 
     def bound_to(self, model: nn.Module) -> Neurons:
         """The same neurons, masks copied, of another model of the same shapes."""

@@ -84,8 +84,13 @@ class ProximalOperator:
             torch.autograd.graph.increment_version([tensor for due in dues for tensor in due.layout.tensors])
             (self._in_cpp_ if kind is Kind.CPU else self._on_device_)(dues)
 
-    def bury_(self) -> bool:
-        """Kills what reached zero in the layers that `shrink_` was called for; whether there were any."""
+    @property
+    def has_shrunk(self) -> bool:
+        """Whether some layer has taken its proximal step since `bury_`."""
+        return bool(self._found or self._launched)
+
+    def bury_(self) -> None:
+        """Kills what reached zero in the layers that `shrink_` was called for."""
         found, self._found = self._found, {}
         launched, self._launched = self._launched, {}
         for name, prox in found.items():
@@ -100,7 +105,6 @@ class ProximalOperator:
         for name, prox in found.items():
             if prox.kept_by_force:
                 self._warn_of_force(name, prox.beta)
-        return bool(found or launched)
 
     def forget(self) -> None:
         """Another state is loaded: what was found of this one holds no more."""
@@ -173,12 +177,13 @@ class ProximalOperator:
     def _on_device_(self, dues: Sequence[_Due]) -> None:
         from dist_gsl.kernels import gpu
 
+        dues = sorted(dues, key=lambda due: due.layer.name)  # layers of several buckets come in any order
         names = tuple(due.layer.name for due in dues)
         shrink = self._shrinks.get(names)
         if shrink is None or not _are_same(shrink.layouts, [due.layout for due in dues]):
             shrink = self._shrinks[names] = gpu.Shrink([due.layout for due in dues])
         shrink(cuts=[due.cut for due in dues], thresholds=[due.threshold for due in dues])
-        self._launched[names] = shrink, list(dues)
+        self._launched[names] = shrink, dues
 
     def _clear_on_devices_(self, launched: Mapping[tuple[str, ...], tuple[gpu.Shrink, list[_Due]]]) -> None:
         """The second launch, one for all layers of a type and device."""
@@ -238,21 +243,33 @@ class ProximalOperator:
         heard, self._unheard = self._unheard, []
         for layer in self.neurons:
             layer.ask_first(None)
-        forced: list[_Due] = []
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self.neurons.model.parameters())):
-            for clear, dues, versions in heard:
-                for due, version, (mask, is_forced) in zip(dues, versions, clear.heard(), strict=True):
-                    layer = due.layer
-                    if is_forced:
-                        forced.append(due)
-                    if layer.mask_version != version:  # somebody assigned another one
-                        continue
-                    if self.revive:
-                        layer.mask[:] = mask
-                    elif bool((layer.mask & ~mask).any()):
-                        self.neurons.zero_({layer.name: (layer.mask & ~mask).nonzero().flatten()})
+        model = self.neurons.model
+        try:
+            with torch.autograd._unsafe_preserve_version_counter((*model.parameters(), *model.buffers())):
+                forced = [due for clear, dues, versions in heard for due in self._heard_of(clear, dues, versions)]
+        except BaseException:  # it is all there still, for who asks again
+            self._unheard = heard + self._unheard
+            for _, dues, _ in heard:
+                for due in dues:
+                    due.layer.ask_first(self._hear)
+            raise
         for due in forced:
             self._warn_of_force(due.layer.name, due.beta)
+
+    def _heard_of(self, clear: gpu.Clear, dues: Sequence[_Due], versions: Sequence[int]) -> list[_Due]:
+        """Takes over who is dead. Returns of which layers neurons were kept by force."""
+        forced = []
+        for due, version, (mask, is_forced) in zip(dues, versions, clear.heard(), strict=True):
+            layer = due.layer
+            if is_forced:
+                forced.append(due)
+            if layer.mask_version != version:  # somebody assigned another one
+                continue
+            if self.revive:
+                layer.mask[:] = mask
+            elif bool((layer.mask & ~mask).any()):
+                self.neurons.zero_({layer.name: (layer.mask & ~mask).nonzero().flatten()})
+        return forced
 
     def _warn_of_force(self, name: str, beta: float) -> None:
         if name not in self.warned:

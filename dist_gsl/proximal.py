@@ -36,6 +36,9 @@ class ProximalSGD(torch.optim.Optimizer):
     that the number of layers is learned too. With `groups="branches"` all neurons of such a layer are one group, which lives
     or dies as a whole.
 
+    On a GPU the host hears of deaths when a mask is read, and a step makes it wait for nothing. Gradients are to be made anew for every step then
+    (`zero_grad()`): what is left of a dead neuron's in them is cleared only when it is heard of.
+
     `ValueError` where a neuron's parameters are missing, lie in groups of different learning rates, or are not float32
     or float64. `NotCompiledError` where the compiled proximal step is missing.
     """
@@ -209,8 +212,9 @@ class ProximalSGD(torch.optim.Optimizer):
     def finish_step(self) -> None:
         """Second phase: kills what reached zero. Nothing of it may run before all layers have had their first phase,
         because it writes to the readers, which are other layers' parameters."""
-        if self._operator.bury_() and self.every != "epoch":
+        if self._operator.has_shrunk and self.every != "epoch":
             self._since_prox = [0.0] * len(self.param_groups)
+        self._operator.bury_()
 
     # --- state
 
@@ -228,8 +232,8 @@ class ProximalSGD(torch.optim.Optimizer):
         state = dict(state_dict)
         if "neurons" not in state:
             raise ValueError("ProximalSGD: the state has no neurons: it is another optimizer's, load a ProximalSGD's")
-        self._operator.forget()
         self.neurons.load_state_dict(state.pop("neurons"))
+        self._operator.forget()
         self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
         super().load_state_dict(state)
         self._operator.forget_copies()

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would go to C++ goes the way of a GPU, on tensors of the CPU."""
     kind_of = kernels.kind_of
     monkeypatch.setattr(kernels, "kind_of", lambda layout: Kind.GPU if kind_of(layout) is Kind.CPU else kind_of(layout))
+    launch, one_at_a_time = gpu.Shrink.__call__, threading.Lock()
+
+    def alone(self: gpu.Shrink, **limits: Any) -> None:
+        with one_at_a_time:  # the interpreter cannot do with several threads, which buckets come on
+            launch(self, **limits)
+
+    monkeypatch.setattr(gpu.Shrink, "__call__", alone)
 
 
 class Step:
@@ -221,6 +229,49 @@ def test_masks_may_be_read_between_forward_and_backward(on_gpu: None) -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_so_they_may_where_a_branch_has_vanished(mode: str, on_gpu: None) -> None:
+    """What it leaves without readers gives its f(0) to a BatchNorm's running mean, which backward reads."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(2, 3, 3, padding=1)
+            self.branch = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Sigmoid(), nn.Conv2d(4, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU(),
+                                        nn.Conv2d(3, 3, 3, padding=1))  # fmt: skip
+            self.out = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x).relu()
+            return self.out((y + self.branch(y)).relu().mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    model = Residual().double()
+    x = torch.randn(4, *IMAGE, dtype=torch.float64)
+    neurons = find_neurons(model, x[:1])
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta={"branch.2": 100.0, "branch.0": 1e-9}), lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    getattr(model, mode)()
+    loss = model(x).sum()
+    assert not neurons["branch.2"].mask.any()
+    assert not neurons["branch.0"].mask.any()
+    loss.backward()
+
+
+def test_a_neuron_that_something_moved_after_its_death_is_cleared_again(on_gpu: None) -> None:
+    model, _, neurons, optimizer, _ = course(beta={"fc1": 0.15}, num_steps=12)
+    (gone, *_) = (~neurons["fc1"].mask).nonzero().flatten().tolist()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    gradient = neurons.parameter("fc1.bias").grad
+    assert gradient is not None
+    gradient[gone] = 100.0
+    optimizer.step()
+    assert not neurons.parameter("fc1.bias")[gone]
+    assert not optimizer.state[neurons.parameter("fc1.bias")]["momentum_buffer"][gone]
+
+
 def test_what_died_unheard_does_not_die_in_a_state_that_is_loaded(on_gpu: None) -> None:
     model = chain(dtype=torch.float64)
     neurons = find_neurons(model, torch.zeros(1, *IMAGE, dtype=torch.float64))
@@ -256,6 +307,10 @@ def test_copies_know_what_the_device_knew(on_gpu: None) -> None:
     _, _, neurons, _, _ = course(num_steps=12)
     other = copy.deepcopy(neurons)
     assert sum(layer.num_dead for layer in other) == sum(layer.num_dead for layer in neurons) > 0
+    before = [p.detach().clone() for p in neurons.model.parameters()]
+    other.zero_({layer.name: range(layer.num_neurons) for layer in other})
+    assert not other.model.get_parameter("conv1.weight").any()
+    assert all(torch.equal(p, was) for p, was in zip(neurons.model.parameters(), before, strict=True))
 
 
 def test_within_backward_it_is_what_it_is_by_hand(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,14 +131,18 @@ def _clear(programs, layers, parts, for_good, dtype: tl.constexpr, num_looked_at
         dying = is_zero.to(tl.int32)
     else:
         dying = (is_zero & (was_alive != 0)).to(tl.int32)
-    if tl.sum(dying, axis=0) > 0:
+    # A gradient from before its death may have moved a dead neuron.
+    moved = (exists & (was_alive == 0) & (tl.load(norms + neurons, mask=exists, other=0.0) != 0.0)).to(tl.int32)
+    moved = moved * for_good
+    if tl.sum(dying + moved, axis=0) > 0:
         missing = tl.load(its + 8).to(tl.int32) - tl.load(tl.load(its + 5).to(tl.pointer_type(tl.int32)))
         for k in range(num_looked_at):
-            is_dying = tl.sum(tl.where(tl.arange(0, num_looked_at) == k, dying, 0), axis=0) > 0
-            if is_dying:
+            here = tl.arange(0, num_looked_at) == k
+            is_dying = tl.sum(tl.where(here, dying, 0), axis=0) > 0
+            if is_dying or tl.sum(tl.where(here, moved, 0), axis=0) > 0:
                 neuron = first + k
                 kept = missing * 0
-                if missing > 0:  # the strongest stay; one that was zero before does not
+                if is_dying and missing > 0:  # the strongest stay; one that was zero before does not
                     norm = tl.load(norms + neuron)
                     rank = 0
                     for start in range(0, num_neurons, num_columns):

@@ -42,6 +42,7 @@ struct Layer {
 };
 
 constexpr uint64_t LANES = 64;  // four registers of the widest kind
+constexpr uint64_t FEW_LANES = 8;
 constexpr uint64_t CHUNK = 4096;  // entries between two sums in double: lanes add few enough terms to stay as exact as pairwise sums
 
 template <typename T>
@@ -55,6 +56,22 @@ ALWAYS_INLINE double squares(const T* x, uint64_t size, T cut) {
     if (size == 1) {  // a bias, or of a BatchNorm pair
         const T s = IS_CUT ? soft(x[0], cut) : x[0];
         return s * s;
+    }
+    if (size < LANES) {  // fewer lanes, which stay in a register
+        T lanes[FEW_LANES] = {}, rest = 0;
+        uint64_t i = 0;
+        for (; i + FEW_LANES <= size; i += FEW_LANES)
+            for (uint64_t k = 0; k < FEW_LANES; ++k) {
+                const T s = IS_CUT ? soft(x[i + k], cut) : x[i + k];
+                lanes[k] += s * s;
+            }
+        for (; i < size; ++i) {
+            const T s = IS_CUT ? soft(x[i], cut) : x[i];
+            rest += s * s;
+        }
+        for (uint64_t width = FEW_LANES / 2; width > 0; width /= 2)
+            for (uint64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+        return lanes[0] + rest;
     }
     double total = 0;
     for (uint64_t begin = 0; begin < size; begin += CHUNK) {
@@ -70,9 +87,7 @@ ALWAYS_INLINE double squares(const T* x, uint64_t size, T cut) {
             const T s = IS_CUT ? soft(x[i + k], cut) : x[i + k];
             lanes[k] += s * s;
         }
-        uint64_t width = LANES / 2;
-        while (width >= end - begin) width /= 2;  // lanes from there on are 0
-        for (; width > 0; width /= 2)
+        for (uint64_t width = LANES / 2; width > 0; width /= 2)
             for (uint64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
         total += lanes[0];
     }
