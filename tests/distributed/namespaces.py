@@ -177,7 +177,7 @@ class Network:
             environment={"MLFLOW_SERVER_ALLOWED_HOSTS": f"{HUB}:{MLFLOW_PORT}", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )  # fmt: skip
 
-    def run(self, arguments: Sequence[str | Path], *, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, arguments: Sequence[str | Path], *, timeout: float = 800, **environment: str) -> subprocess.CompletedProcess[str]:
         """A command on the hub, to its end."""
         return subprocess.run(
             self.hub.command(arguments), capture_output=True, text=True, check=False, cwd=self.folder, timeout=timeout,

@@ -74,7 +74,7 @@ def directory(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield folder
 
 
-def until(what: Callable[[], bool], process: subprocess.Popen, *, seconds: float = 240) -> None:
+def until(what: Callable[[], bool], process: subprocess.Popen, *, seconds: float = 500) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, f"the search ended before that: {process.communicate()}"
@@ -160,7 +160,7 @@ def test_killed_and_resumed(directory: Path) -> None:
     try:
         until(lambda: len(curve(2)) == 1, driver)
         os.kill(worker_of(driver.pid), signal.SIGKILL)
-        output, _ = driver.communicate(timeout=240)
+        output, _ = driver.communicate(timeout=500)
     finally:
         driver.kill()
     assert driver.returncode == 0, output
