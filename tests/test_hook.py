@@ -1,5 +1,7 @@
 """A step inside backward, in one process."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,3 +49,21 @@ def test_a_parameter_with_gaps_takes_its_own_gradient() -> None:
         reference.step()
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
+
+
+def test_a_step_that_was_cut_off_is_forgotten_when_a_state_is_loaded() -> None:
+    """As when backward fails between the buckets: its deaths are not those of what is loaded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    neurons = find_neurons(model, torch.randn(5, 4))
+    optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.3), lr=1.0)
+    parameters, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    with torch.no_grad():
+        optimizer.begin_step()
+        optimizer.prox_(neurons)
+    assert not neurons.parameter("0.weight").any(dim=1).all()
+    model.load_state_dict(parameters)
+    optimizer.load_state_dict(state)
+    optimizer.finish_step()
+    assert neurons["0"].mask.all()
+    assert all(torch.equal(tensor, parameters[name]) for name, tensor in model.state_dict().items())
