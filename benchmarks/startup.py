@@ -45,12 +45,12 @@ CREATE = "workers' processes asked for"
 IN_COMMAND = {
     "dist_gsl.cli": {"main": "rest of the command", "_parser": "command line's parser"},
     "dist_gsl.experiment": {"run": DRIVER_REST, "_train_and_report": "run's folder and config"},
-    "dist_gsl.launch": {"prepare": "rest of the checks", "_launch": "trainer made", "_fit": "rest of Ray Train", "_resources": "cluster's resources"},
+    "dist_gsl.events": {"fit": "rest of Ray Train"},
+    "dist_gsl.launch": {"prepare": "rest of the checks", "_launch": "trainer made", "_resources": "cluster's resources"},
     "dist_gsl.data": {"prepare": "data found", "check": "data checked"},
     "dist_gsl.training.session": {"dry_build": "network built to check it", "make_loader": "loaders made to check them"},
     "dist_gsl.tracking": {"MlflowTracker.start": STORE},
     "ray": {"init": "ray.init"},
-    "ray.util.queue": {"Queue.__init__": "queue of events made"},
 }
 IN_CONTROLLER = {
     "ray.train.v2._internal.execution.worker_group.worker_group": {
@@ -188,14 +188,14 @@ def inside(file: str, command: list[str]) -> int:
         return lambda worker, *arguments: launch(train_worker, *arguments)
 
     def traced_fit(fit: Callable[..., str | None]) -> Callable[..., str | None]:
-        def fit_with_callback(trainer: Any, *arguments: Any) -> str | None:
+        def fit_with_callback(trainer: Any, *arguments: Any, **named: Any) -> str | None:
             create = trainer._create_default_callbacks
             trainer._create_default_callbacks = lambda: [ray_callback(file), *create()]
-            return fit(trainer, *arguments)
+            return fit(trainer, *arguments, **named)
 
         return fit_with_callback
 
-    tracer = Tracer(file, IN_COMMAND, {"dist_gsl.launch": {"_launch": traced_launch, "_fit": traced_fit}})
+    tracer = Tracer(file, IN_COMMAND, {"dist_gsl.launch": {"_launch": traced_launch}, "dist_gsl.events": {"fit": traced_fit}})
     tracer.tell(PYTHON, process_start(), time.monotonic())
     from dist_gsl.cli import main
 

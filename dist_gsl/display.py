@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dist_gsl.launch import Listener
+from dist_gsl.events import Listener
 
 if TYPE_CHECKING:
     from dist_gsl.tuning.records import TrialRecord

@@ -16,7 +16,7 @@ from rich.console import Console
 from dist_gsl import launch, plots, report, runs, storage, tracking
 from dist_gsl.config import RunConfig
 from dist_gsl.display import Display, Steps
-from dist_gsl.launch import Listener
+from dist_gsl.events import Listener
 from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
 from dist_gsl.tracking import Tracker

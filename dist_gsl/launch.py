@@ -1,4 +1,4 @@
-"""From a run's config to a trained run: checks, Ray, a TorchTrainer, and the events of its first worker."""
+"""From a run's config to a trained run: checks, Ray, Ray Train, and the events of its first worker."""
 
 from __future__ import annotations
 
@@ -12,38 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_gsl import data, kernels, storage
+from dist_gsl import data, events, kernels, storage
 from dist_gsl.config import RunConfig
+from dist_gsl.events import Control, Listener
 from dist_gsl.neurons import Neurons
 from dist_gsl.runs import CHECKPOINTS, RunFolder
 from dist_gsl.training import session
 from dist_gsl.training.config import WorkersConfig
 from dist_gsl.training.path import PathConfig
-
-
-class Listener:
-    """What a launch tells the one who started it; every method may be left as it is."""
-
-    def progress(self, epoch: int, step: int, num_steps: int, loss: float, images_per_second: float) -> None:
-        """A few times a second at most, from the first worker."""
-
-    def epoch(self, record: dict[str, Any], norms: dict[str, Any], masks: dict[str, Any]) -> None:
-        """After each epoch: the record, each layer's neuron norms and which are alive (numpy, (neurons,))."""
-
-    def back(self, epoch: int) -> None:
-        """The training went back to after this epoch: what was told of later ones holds no more."""
-
-    def told(self, kind: str, number: int) -> None:
-        """Of a path: the strength `number` is "begun", or its network is "trained"."""
-
-    def note(self, text: str) -> None:
-        """What the first worker tells of how it goes on."""
-
-    def warning(self, text: str) -> None:
-        """What the first worker warns of."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +74,11 @@ def ray_cluster(workers: WorkersConfig, *, dashboard: bool = False) -> Iterator[
     started = not ray.is_initialized()
     if started:
         if address is None:
-            # Nobody takes this machine away, and the watcher is a process more; asking few workers often costs nothing.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+            for name, value in LOCAL_RAY.items():
+                os.environ.setdefault(name, value)
+            if not dashboard:  # which shows them
+                for name, value in UNSEEN.items():
+                    os.environ.setdefault(name, value)
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
@@ -120,6 +102,16 @@ def ray_cluster(workers: WorkersConfig, *, dashboard: bool = False) -> Iterator[
     finally:
         if started:
             ray.shutdown()
+
+
+LOCAL_RAY = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and the watcher is a process more
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # asking few workers often costs little
+}
+"""Of a Ray of our own, unless the user says otherwise."""
+
+UNSEEN = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+"""What Ray's processes count and tell each other for the dashboard: 2.4 % of a core (`benchmarks/README.md`)."""
 
 
 @contextmanager
@@ -256,29 +248,33 @@ def _launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], confi
     """Ray Train around a worker function, and its events to the listener."""
     import ray.exceptions
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
-    from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from dist_gsl import process_group
+
+    # What Ray's own processes have to know of this package is sent to them: by name they would import it, and so torch.
+    for module in (events, process_group):
+        ray.cloudpickle.register_pickle_by_value(module)
 
     # Ray's own minute is too short for machines that are being started. One that uses what is there looks again soon: the places that it
     # goes for may be those of a machine which is gone.
     is_elastic = config.workers.min is not None
     wait_s = min(config.workers.start_timeout, max(10.0, config.workers.resize_interval)) if is_elastic else config.workers.start_timeout
     ray_train: Any = ray.train  # type checkers read the interface of its first version
+    # Who has the data waits for who still copies them.
+    backend = process_group.ProcessGroupConfig(timeout_s=STAGING_TIMEOUT_S if storage.is_uri(config.data.dir or "") else 1800)
 
-    # On this process's node: what takes the queue away takes this process too.
+    # On this process's node: what takes it away takes this process too.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
-    events = Queue(actor_options=options)
-    control: Any = ray.remote(Control).options(**options).remote()
+    control: Any = ray.remote(Control).options(num_cpus=0, scheduling_strategy=here).remote()
     folder = job["folder"]
     file_system, place = storage.opened(folder) if storage.is_uri(folder) else (None, folder)
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         worker,
-        train_loop_config={**job, "config": config.to_dict(), "events": events, "control": control},
-        # Who has the data waits for who still copies them.
-        torch_config=TorchConfig(timeout_s=STAGING_TIMEOUT_S if storage.is_uri(config.data.dir or "") else 1800),
+        train_loop_config={**job, "config": config.to_dict(), "control": control},
+        backend_config=backend,
         scaling_config=ray_train.ScalingConfig(
             num_workers=resources.num_workers if config.workers.min is None else (config.workers.min, config.workers.num),
             elastic_resize_monitor_interval_s=config.workers.resize_interval, use_gpu=resources.gpu,
@@ -293,16 +289,17 @@ def _launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], confi
             ),
         ),
     )  # fmt: skip
-    shortage = _Shortage(replace(config.workers, gpu=resources.gpu)) if is_elastic else None
+    look = partial(_Shortage(replace(config.workers, gpu=resources.gpu)).look, listener) if is_elastic else (lambda: None)
     try:
         with _environment(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=str(wait_s)):
-            failure = _fit(trainer, events, listener, lambda: ray.get(control.stop.remote()), shortage)
+            failure = events.fit(
+                trainer, lambda timeout: ray.get(control.take.remote(timeout)), listener, stop=lambda: ray.get(control.stop.remote()), idle=look
+            )
     except TrainingFailedError as error:
         raise RuntimeError(_reason(error)) from error
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"Ray failed: {str(error).strip().splitlines()[0]}") from error
     finally:
-        events.shutdown(force=True)
         ray.kill(control)
     if failure is not None:
         raise RuntimeError(failure)
@@ -341,25 +338,6 @@ class _Shortage:
 SHORTAGE_EVERY_S = 10.0
 
 
-class Control:
-    """What the driver of a training holds for its workers; a Ray actor."""
-
-    def __init__(self) -> None:
-        self._num_begun, self._is_stopped = 0, False
-
-    def begin(self) -> int:
-        """Called by each group of workers when it begins; which one it is, counted from 1."""
-        self._num_begun += 1
-        return self._num_begun
-
-    def stop(self) -> None:
-        """Asks the training to keep its state and end."""
-        self._is_stopped = True
-
-    def is_stopped(self) -> bool:
-        return self._is_stopped
-
-
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
     """Sets those that are not set; what the user has set stays."""
@@ -372,109 +350,14 @@ def _environment(**variables: str) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-STOP_GRACE_S = 25.0
-"""Time that the workers have to keep their state after somebody asked the run to end; Slurm and Kubernetes kill after 30 s."""
-
-
-def _fit(trainer: Any, events: Any, listener: Listener, stop: Callable[[], object], shortage: _Shortage | None = None) -> str | None:
-    """Trains, and hands every event to the listener as it comes; what the workers gave up on, if they did.
-
-    Training runs on the side: on the main thread Ray would take Ctrl-C for itself, and the listener would come late. The first Ctrl-C or
-    SIGTERM asks the workers to keep their state and end, by `stop`; what it would have done before is done then, or at the second.
-    """
-    from ray.util.queue import Empty
-
-    outcome: list[BaseException] = []
-    failure, is_told = None, False
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # raised again by the thread that waits
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    with _postponed_signals(stop) as signals:
-        while True:
-            is_over = not thread.is_alive()  # asked before the queue, so that nothing is left in it afterwards
-            if signals and not is_told:
-                is_told = True
-                listener.warning("the workers keep their state and end; Ctrl-C once more ends at once")
-            if signals and not is_over and time.monotonic() > signals[0] + STOP_GRACE_S:
-                listener.warning(f"the workers did not end within {STOP_GRACE_S:g} s; the checkpoint before is the last")
-                break
-            try:
-                kind, *content = events.get(timeout=0.5)
-            except Empty:
-                if is_over:
-                    break
-                if shortage is not None:
-                    shortage.look(listener)
-                continue
-            if kind == "progress":
-                p = content[0]
-                listener.progress(p.epoch, p.step, p.num_steps, p.loss, p.images_per_second)
-            elif kind == "warning":
-                listener.warning(*content)
-            elif kind == "told":
-                listener.told(*content)
-            elif kind == "note":
-                listener.note(*content)
-            elif kind == "back":
-                listener.back(*content)
-            elif kind == "begun":
-                failure = None  # of workers that were replaced
-            elif kind == "failed":
-                (failure,) = content
-            else:
-                listener.epoch(*content)
-    if outcome:
-        raise outcome[0]
-    return failure
-
-
-@contextmanager
-def _postponed_signals(first: Callable[[], object]) -> Iterator[list[float]]:
-    """At the first SIGINT or SIGTERM `first` is called, on a thread of its own as the main one may be waiting for somebody, and the time is
-    added to the list; the signal's handler is called at the end, or at the second signal. On another thread than the main one signals are not
-    ours."""
-    times: list[float] = []
-    arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield times
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        arrived.append(number)
-        times.append(time.monotonic())
-        handler = handlers[signal.Signals(number)]
-        if len(arrived) == 1:
-            threading.Thread(target=first, name="stop", daemon=True).start()
-        elif callable(handler):
-            handler(number, frame)
-
-    noted = [number for number, handler in handlers.items() if callable(handler)]
-    for number in noted:
-        signal.signal(number, note)
-    try:
-        yield times
-    finally:
-        for number in noted:
-            signal.signal(number, handlers[number])
-    for signalled in arrived[:1]:
-        handler = handlers[signal.Signals(signalled)]
-        assert callable(handler)
-        handler(signalled, None)
-
-
 def _reason(error: BaseException) -> str:
     """The message of the first worker that failed, rather than Ray's story about it."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
         cause = getattr(error, "controller_failure", error)
         lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()] or [type(cause).__name__]
+        if "ray::" in lines[0]:  # a traceback: the error itself is its last line
+            return f"training failed: {lines[-1]}"
         return f"training failed: {lines[0]}" + (f" {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else "")
     messages = []
     for rank, cause in sorted(failures.items()):

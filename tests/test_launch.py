@@ -6,9 +6,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from ray.util.queue import Empty
 
-from dist_gsl import launch
+from dist_gsl import events, launch
 from dist_gsl.training.config import WorkersConfig
 
 
@@ -36,7 +35,7 @@ def send(*numbers: int) -> list[str]:
     happened: list[str] = []
     asked = threading.Event()
     try:
-        with launch._postponed_signals(asked.set) as times:
+        with events.postponed_signals(asked.set) as times:
             for number in numbers:
                 os.kill(os.getpid(), number)
                 happened.append(f"{len(times)} after {number}")
@@ -47,26 +46,26 @@ def send(*numbers: int) -> list[str]:
 
 
 class Happening:
-    """The events of a training and the training itself: those that come one after another. A test double of Ray's queue and trainer."""
+    """The events of a training and the training itself: those that come one after another. A test double of `Control` and of Ray's trainer."""
 
     def __init__(self, *events: tuple) -> None:
         self.events = list(events)
         self.is_told = threading.Event()
 
-    def get(self, timeout: float) -> tuple:
+    def take(self, timeout: float) -> list[tuple]:
         if not self.events:
             self.is_told.set()
-            raise Empty
-        return self.events.pop(0)
+            return []
+        return [self.events.pop(0)]
 
     def fit(self) -> None:
         assert self.is_told.wait(30)
 
 
 def test_what_failed_workers_said_is_forgotten_when_others_began() -> None:
-    def outcome(*events: tuple) -> str | None:
-        happening = Happening(*events)
-        return launch._fit(happening, happening, launch.Listener(), lambda: None)
+    def outcome(*told: tuple) -> str | None:
+        happening = Happening(*told)
+        return events.fit(happening, happening.take, events.Listener(), stop=lambda: None)
 
     assert outcome(("begun",), ("failed", "no room")) == "no room"
     assert outcome(("begun",), ("failed", "no room"), ("begun",), ("note", "on")) is None
@@ -76,17 +75,17 @@ def test_who_asks_for_the_end_does_not_wait_for_what_is_told(handled: list[int])
     """A tracking server that does not answer, say."""
     stopped = threading.Event()
 
-    class Slow(launch.Listener):
+    class Slow(events.Listener):
         def note(self, text: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stopped.wait(30)
 
     happening = Happening(("note", "an epoch"))
     with pytest.raises(AskedToEndError):
-        launch._fit(happening, happening, Slow(), stopped.set)
+        events.fit(happening, happening.take, Slow(), stop=stopped.set)
 
 
-class Told(launch.Listener):
+class Told(events.Listener):
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
@@ -134,7 +133,7 @@ def test_the_second_does_not_wait(handled: list[int]) -> None:
 
 def test_signals_are_as_before_when_nothing_came(handled: list[int]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with launch._postponed_signals(lambda: None) as times:
+    with events.postponed_signals(lambda: None) as times:
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
     assert (times, handled) == ([], [])
@@ -144,10 +143,17 @@ def test_on_another_thread_signals_are_left_alone(handled: list[int]) -> None:
     before, inside = signal.getsignal(signal.SIGTERM), list[object]()
 
     def other() -> None:
-        with launch._postponed_signals(lambda: None):
+        with events.postponed_signals(lambda: None):
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+def test_of_a_traceback_the_error_is_told() -> None:
+    class ControllerError(Exception):
+        controller_failure = RuntimeError("ray::execute._join() (pid=1, ip=10.0.0.1)\n  File worker.py, line 3, in join\nDistNetworkError: no such address\n")
+
+    assert launch._reason(ControllerError()) == "training failed: DistNetworkError: no such address"

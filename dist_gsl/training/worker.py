@@ -6,6 +6,8 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +30,36 @@ from dist_gsl.training.session import Place
 from dist_gsl.training.state import RunState
 from dist_gsl.training.watch import CommonError, Request, StoppedError
 
+_store: dist.TCPStore | None = None
+"""The first worker's, by which they find each other."""
+
+
+def listen() -> tuple[str, int]:
+    """This worker's address, and of the first the port at which the others find it, 0 of others."""
+    global _store
+    address = ray.util.get_node_ip_address()
+    if ray.train.get_context().get_world_rank() == 0:
+        _store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    return address, _store.port if _store is not None else 0
+
+
+def join(backend: str, address: str, port: int, timeout_s: float) -> None:
+    """Makes the default process group, together with the others."""
+    context, timeout = ray.train.get_context(), timedelta(seconds=timeout_s)
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    # As torchrun has them, for those who look there.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(context.get_local_rank())}
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout) if _store is None else _store
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 
 def train_worker(job: dict[str, Any]) -> None:
     """Trains from the run's last checkpoint, if it has one. job: as `_work`."""
@@ -44,7 +76,7 @@ def path_worker(job: dict[str, Any]) -> None:
 
     def tell(kind: str, number: int) -> None:
         if dist.get_rank() == 0:
-            job["events"].put_nowait(("told", kind, number))
+            _tell(job["control"], "told", kind, number)
 
     def work(config: RunConfig, device: torch.device, place: Place) -> None:
         trunk = place.checkpoints
@@ -62,47 +94,47 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
     """One worker's part in what has a folder and checkpoints, and what the driver hears of it.
 
     job: "config" (RunConfig as dict, its data.dir absolute), "folder" (a path or a URI), "file" (one in it), "checkpoints" (their folder),
-    "control" (the driver's `launch.Control`), "events", a queue to the driver that gets ("progress", Progress),
-    ("epoch", record, norms, masks), ("back", epoch), ("note", text), ("warning", text), ("begun",) and ("failed", text) from rank 0.
+    "control" (the driver's `events.Control`, which rank 0 tells how it goes).
     """
     config = RunConfig.from_dict(job["config"])
     rank = ray.train.get_context().get_world_rank()
-    is_first, events = rank == 0, job["events"]
+    is_first, tell = rank == 0, partial(_tell, job["control"])
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if is_first:
-        _send_warnings(events)
-        events.put_nowait(("begun",))
+        _send_warnings(tell)
+        tell("begun")
     is_restart = _begun_before(job["control"])
     patience_s = PATIENCE_S if is_restart else 0.0  # at the start a mistake in an address is likelier than a storage that is away
     if (problem := _first_problem(_unseen(job["folder"], job["file"], config.data, rank=rank, patience_s=patience_s))) is not None:
         if is_first:
-            events.put_nowait(("failed", problem))
+            tell("failed", problem)
         return
 
     def on_progress(progress: Progress) -> None:
-        events.put_nowait(("progress", progress))
+        # Not waited for, as it is told between two steps; what is told after it comes after it.
+        job["control"].tell.remote("progress", progress.epoch, progress.step, progress.num_steps, progress.loss, progress.images_per_second)
 
     def on_epoch(run_state: RunState, record: dict[str, Any]) -> None:
         # Told before it is kept: an epoch told twice does no harm, one never told is lost.
         if is_first:
             norms = {name: values.numpy() for name, values in session.neuron_norms(run_state.neurons).items()}
             masks = {layer.name: layer.in_starting_network(layer.mask).numpy() for layer in run_state.neurons}
-            events.put_nowait(("epoch", record, norms, masks))
+            tell("epoch", record, norms, masks)
 
     def request() -> Request:
         is_leaving = preemption.is_new()  # asked in every process, whatever else there is: they come together for it
         if is_leaving and is_first:
-            events.put_nowait(("note", "a machine of this run will be taken away, says Ray: its state is kept at once"))
+            tell("note", "a machine of this run will be taken away, says Ray: its state is kept at once")
         if is_first and ray.get(job["control"].is_stopped.remote()):
             return Request.STOP
         return Request.SAVE if is_leaving else Request.NONE
 
     preemption = _Preemption()
     place = Place(
-        Checkpoints(job["checkpoints"]), on_epoch, on_progress, on_back=lambda epoch: events.put_nowait(("back", epoch)),
-        on_note=lambda text: events.put_nowait(("note", text)), request=request,
+        Checkpoints(job["checkpoints"]), on_epoch, on_progress, on_back=lambda epoch: tell("back", epoch),
+        on_note=lambda text: tell("note", text), request=request,
     )  # fmt: skip
     try:
         work(config, device, place)
@@ -110,7 +142,12 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
         return
     except CommonError as error:  # what one process alone fails of is Ray's to hear, or the others would wait for it
         if is_first:
-            events.put_nowait(("failed", str(error)))
+            tell("failed", str(error))
+
+
+def _tell(control: Any, *event: Any) -> None:
+    """The driver has it when this returns."""
+    ray.get(control.tell.remote(*event))
 
 
 def _begun_before(control: Any) -> bool:
@@ -194,7 +231,7 @@ def _first_problem(mine: str | None) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _send_warnings(events: Any) -> None:
+def _send_warnings(tell: Callable[..., None]) -> None:
     """Hands this package's warnings to the driver: what a worker prints, nobody sees."""
     package = str(Path(dist_gsl.__file__).parent)
     show = warnings.showwarning
@@ -204,7 +241,7 @@ def _send_warnings(events: Any) -> None:
         line: str | None = None,
     ) -> None:  # fmt: skip
         if filename.startswith(package):
-            events.put_nowait(("warning", str(message)))
+            tell("warning", str(message))
         else:
             show(message, category, filename, lineno, file, line)
 

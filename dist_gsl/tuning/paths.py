@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dist_gsl import launch, report, runs
 from dist_gsl.config import RunConfig
-from dist_gsl.launch import Listener, Resources
+from dist_gsl.events import Listener
+from dist_gsl.launch import Resources
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import starting_betas
 from dist_gsl.report import NeuronLog, Report

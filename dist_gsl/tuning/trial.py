@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from dist_gsl import artifact, data, launch, report, runs, storage, timing
 from dist_gsl.config import RunConfig
-from dist_gsl.launch import Listener
+from dist_gsl.events import Listener
 from dist_gsl.report import NeuronLog, Report
 from dist_gsl.runs import NEURON_LOG, RunFolder, Trained
 from dist_gsl.training import session

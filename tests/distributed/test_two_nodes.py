@@ -211,7 +211,8 @@ def kill_the_driver(net: Network) -> None:
 @pytest.fixture(scope="module")
 def disturbed(net: Network) -> Iterator[subprocess.Popen]:
     """One job to which all of the following happens, one after another."""
-    with submitted(net, "disturbed", DISTURBED_EPOCHS, "--retry", "1") as process:
+    # Who lost a node to a notice may hear of it as of any other loss, on a slow machine: of these failures one more than a run takes by itself.
+    with submitted(net, "disturbed", DISTURBED_EPOCHS, "--retry", "1", fields=["--workers.max-failures", "9"]) as process:
         until(lambda: has_trained(net, "disturbed", 1) or process.poll() is not None, seconds=500, name="an epoch")
         assert process.poll() is None, log(net, "disturbed")
         yield process
@@ -239,10 +240,17 @@ def test_the_disturbed_run_is_whole(net: Network, disturbed: subprocess.Popen) -
     check_whole(net, "disturbed", DISTURBED_EPOCHS)
 
 
+def interrupt_the_submitter(net: Network) -> None:
+    for pid in net.hub.processes():
+        with contextlib.suppress(OSError):
+            if b"submit" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGINT)
+
+
 def test_a_run_uses_what_is_there(net: Network) -> None:
-    """A node goes and comes back: the run goes on with one worker, then with two again."""
+    """A node goes and comes back: the run goes on with one worker, then with two again; it lasts for as long as that takes."""
     options = ["--workers", "1:2", "--gpus-per-worker", "0"]
-    with submitted(net, "elastic", DISTURBED_EPOCHS, *options, fields=["--workers.resize-interval", "5"]) as process:
+    with submitted(net, "elastic", 10_000, *options, fields=["--workers.resize-interval", "5"]) as process:
 
         def says(text: str) -> None:
             until(lambda: text in log(net, "elastic") or process.poll() is not None, seconds=500, name=text)
@@ -256,9 +264,13 @@ def test_a_run_uses_what_is_there(net: Network) -> None:
         until(lambda: has_trained(net, "elastic", done + 2), seconds=300, name="two epochs more")
         net.start_node(net.worker)
         says("goes on with 2 workers at epoch")
-        assert process.wait(timeout=800) == 0, log(net, "elastic")
-    check_whole(net, "elastic", DISTURBED_EPOCHS)
-    workers = [row["workers"] for row in RunFolder(net.runs / "elastic").state()["history"]]
+        done = trained_epochs(net, "elastic")
+        until(lambda: has_trained(net, "elastic", done + 2), seconds=300, name="two epochs of both")
+        interrupt_the_submitter(net)
+        assert process.wait(timeout=800) == 130, log(net, "elastic")
+    history = RunFolder(net.runs / "elastic").state()["history"]
+    assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
+    workers = [row["workers"] for row in history]
     assert [workers[0], workers[-1]] == [2, 2]
     assert 1 in workers
 
@@ -268,10 +280,7 @@ def test_a_stopped_job_leaves_its_checkpoints_and_says_so_to_the_store(net: Netw
     with submitted(net, "stopped", DISTURBED_EPOCHS) as process:
         until(lambda: has_trained(net, "stopped", 1) or process.poll() is not None, seconds=500, name="an epoch")
         assert process.poll() is None, log(net, "stopped")
-        for pid in net.hub.processes():
-            with contextlib.suppress(OSError):
-                if b"submit" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                    os.kill(pid, signal.SIGINT)
+        interrupt_the_submitter(net)
         assert process.wait(timeout=800) == 130, log(net, "stopped")
     output = log(net, "stopped")
     assert "submit it with --no-wait" in output
