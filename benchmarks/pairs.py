@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from scipy.stats import t
 
+from dist_gsl import heap
+
 AT_LEAST = 30
 """Pairs that a claim of a few percent needs."""
 
@@ -45,6 +47,7 @@ def ratio_of(seconds: list[float], other: list[float]) -> Ratio:
 
 
 def timed(run: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    heap.keep_freed()  # as a training does; or a ratio would be of what lay where in memory
     synchronize()
     began = time.perf_counter()
     run()

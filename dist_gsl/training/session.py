@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_gsl import data
+from dist_gsl import data, heap
 from dist_gsl.config import RunConfig
 from dist_gsl.data import order
 from dist_gsl.data.loader import DEFAULT_SIZE
@@ -140,6 +140,7 @@ class Session:
 
     def __init__(self, config: RunConfig, *, data_dir: Path, device: torch.device, state: Mapping[str, Any] | None) -> None:
         """state: what the run goes on from; it keeps the order of its samples and the cut of its steps."""
+        heap.keep_freed()
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self.config, self.device = config, device
         self.shapes = shapes_of(config, data.dataset_info(data_dir))
