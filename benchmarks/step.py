@@ -1,6 +1,6 @@
 """A training step with the proximal hook, against the same DDP step with torch's SGD and no penalty; and against stepping after backward.
 
-    python benchmarks/step.py [--networks dec3 bnet-c resnet18] [--bucket-mb 25 1] [--alpha 0 0.5]
+    python benchmarks/step.py [--networks dec3 bnet-c resnet18] [--bucket-mb 25 1] [--alpha 0 0.5] [--batch 1]
 
 Two processes of one thread each, gloo; channels_last, momentum and weight decay in both, the same network, batch and buckets. The hook divides by
 the samples of all workers, as in training. "SGD" is torch's as it comes, "fused" its fused one. The penalty is on in every step and so weak
@@ -62,7 +62,14 @@ def step_of(
         if how != "within":
             optimizer.step()
 
+    step.ddp = ddp  # type: ignore[attr-defined]
     return step
+
+
+def num_buckets(step: Any) -> int:
+    """As DDP rebuilt them in the order of its first backward."""
+    found = step.ddp._get_ddp_logging_data()
+    return len((found.get("rebuilt_bucket_sizes") or found["bucket_sizes"]).split(","))
 
 
 def work(rank: int, options: argparse.Namespace, store: str) -> None:
@@ -70,13 +77,14 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers)
     tell = print if rank == 0 else lambda *_, **__: None
-    tell("| network | million parameters | buckets of MB | alpha | hook over SGD | hook over fused | hook over after backward | step with SGD, ms |")
+    tell("| network, batch | million parameters | buckets | alpha | hook over SGD | hook over fused | hook over after backward | step with SGD, ms |")
     tell("|---|---|---|---|---|---|---|---|")
     for name in options.networks:
         arguments, shape, classes = NETWORKS[name]
         torch.manual_seed(0)
         model = create_model(name, num_classes=classes, **arguments)
         generator = torch.Generator().manual_seed(rank)
+        shape = (options.batch or shape[0], *shape[1:])
         batch = torch.randn(shape, generator=generator), torch.randint(classes, shape[:1], generator=generator)
         for bucket_mb in options.bucket_mb:
             for alpha in options.alpha:
@@ -87,7 +95,7 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
                 ]
                 parameters = sum(p.numel() for p in model.parameters()) / 1e6
                 ratios = " | ".join(map(str, found))
-                tell(f"| {name} | {parameters:.2f} | {bucket_mb:g} | {alpha:g} | {ratios} | {1e3 * found[0].other_seconds:.1f} |", flush=True)
+                tell(f"| {name}, {shape[0]} | {parameters:.2f} | {num_buckets(within)} | {alpha:g} | {ratios} | {1e3 * found[0].other_seconds:.1f} |", flush=True)
     tell(f"{options.workers} workers of one thread, {options.pairs} pairs, torch {torch.__version__}; command: {' '.join(sys.argv)}")
     dist.destroy_process_group()
 
@@ -97,6 +105,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--bucket-mb", type=float, nargs="+", default=[25.0])
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5])
+    parser.add_argument("--batch", type=int, help="of a worker; a network's own if not given")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=AT_LEAST)
     options = parser.parse_args()
