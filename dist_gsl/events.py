@@ -7,6 +7,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ class Control:
         return self._num_begun
 
     async def tell(self, *event: Any) -> None:
-        """To the driver, in order: a method of `Listener` and what it gets; or "begun" by a new group of workers, or "failed", why."""
+        """To the driver: a method of `Listener` and what it gets; or "begun" by a new group of workers, or "failed", why."""
         self._events.append(event)
         self._is_told.set()
 
@@ -92,6 +93,7 @@ def fit(
     """
     outcome: list[BaseException] = []
     failure, is_told = None, False
+    events: deque[tuple[Any, ...]] = deque()
 
     def train() -> None:
         try:
@@ -110,18 +112,20 @@ def fit(
             if signals and not is_over and time.monotonic() > signals[0] + STOP_GRACE_S:
                 listener.warning(f"the workers did not end within {STOP_GRACE_S:g} s; the checkpoint before is the last")
                 break
-            events = take(0.0 if is_over else POLL_S)
-            for kind, *content in events:
-                if kind == "begun":
-                    failure = None  # of workers that were replaced
-                elif kind == "failed":
-                    (failure,) = content
-                else:
-                    getattr(listener, kind)(*content)
+            if not events:
+                events.extend(take(0.0 if is_over else POLL_S))
             if not events:
                 if is_over:
                     break
                 idle()
+                continue
+            kind, *content = events.popleft()  # one at a time, as the listener may be slow and the signals wait
+            if kind == "begun":
+                failure = None  # of workers that were replaced
+            elif kind == "failed":
+                (failure,) = content
+            else:
+                getattr(listener, kind)(*content)
     if outcome:
         raise outcome[0]
     return failure

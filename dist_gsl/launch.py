@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_gsl import data, events, kernels, storage
+from dist_gsl import data, events, heap, kernels, storage
 from dist_gsl.config import RunConfig
 from dist_gsl.events import Control, Listener
 from dist_gsl.neurons import Neurons
@@ -72,45 +72,49 @@ def ray_cluster(workers: WorkersConfig, *, dashboard: bool = False) -> Iterator[
     check_machine(workers)
     address = cluster_address(workers)
     started = not ray.is_initialized()
-    if started:
-        if address is None:
-            for name, value in LOCAL_RAY.items():
-                os.environ.setdefault(name, value)
-            if not dashboard:  # which shows them
-                for name, value in UNSEEN.items():
-                    os.environ.setdefault(name, value)
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(
-                address=address or "local",  # None would join whatever Ray runs on this machine
-                include_dashboard=dashboard if address is None else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-            )
-        except ConnectionError as error:
-            raise ValueError(
-                f"workers.address {address!r}: no Ray cluster answers there; start one with `ray start --head`, "
-                "or leave the address out to use this machine"
-            ) from error
-        except Exception as error:  # Ray raises bare ones where its processes do not come up
-            raise RuntimeError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray's would exit without a word to the tracking store
-    try:
-        yield _resources(workers)
-    finally:
+    with _environment(**(LOCAL_RAY | ({} if dashboard else UNSEEN) if started and address is None else {})):
         if started:
-            ray.shutdown()
+            _start(address, dashboard=dashboard)
+        try:
+            yield _resources(workers)
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def _start(address: str | None, *, dashboard: bool) -> None:
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address or "local",  # None would join whatever Ray runs on this machine
+            include_dashboard=dashboard if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except ConnectionError as error:
+        raise ValueError(
+            f"workers.address {address!r}: no Ray cluster answers there; start one with `ray start --head`, "
+            "or leave the address out to use this machine"
+        ) from error
+    except Exception as error:  # Ray raises bare ones where its processes do not come up
+        raise RuntimeError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's would exit without a word to the tracking store
 
 
 LOCAL_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and the watcher is a process more
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # asking few workers often costs little
+    **heap.LOCAL,
 }
 """Of a Ray of our own, unless the user says otherwise."""
 
-UNSEEN = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+UNSEEN = {
+    "RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0", "RAY_TRAIN_METRICS_ENABLED": "0",
+}  # fmt: skip
 """What Ray's processes count and tell each other for the dashboard: 2.4 % of a core (`benchmarks/README.md`)."""
 
 

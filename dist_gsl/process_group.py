@@ -1,6 +1,6 @@
 """The process group of a training's workers, set up by Ray Train.
 
-Ray's own `TorchConfig` does the same, but imports torch in Ray Train's controller, which never uses it: three seconds before the workers are even
+Ray's own `TorchConfig` would do, but imports torch in Ray Train's controller, which never uses it: three seconds before the workers are even
 asked for. And it finds a free port that somebody else may have by the time it is used, while here the first worker listens at once.
 
 Import nothing here that imports torch; `launch` sends this module to the controller as it is, for the same reason.
@@ -8,10 +8,12 @@ Import nothing here that imports torch; `launch` sends this module to the contro
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 
 
@@ -25,8 +27,10 @@ class _ProcessGroup(Backend):
         worker_group.execute(_join, backend, address, port, backend_config.timeout_s)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Who waits for a lost one does not answer; Ray ends them all after this."""
-        ray.wait(worker_group.execute_async(_leave), num_returns=len(worker_group), timeout=SHUTDOWN_S)
+        """Who waits for a lost one does not answer. Ray ends them all after this, and hears of the first that fails."""
+        if len(worker_group) > 1:
+            with contextlib.suppress(GetTimeoutError):
+                ray.get(worker_group.execute_async(_leave), timeout=SHUTDOWN_S)
 
 
 SHUTDOWN_S = 30.0

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_gsl import heap
-
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -171,7 +169,6 @@ def size(network: nn.Module, *, example: Tensor) -> Size:
 
 
 def _time(networks: Sequence[nn.Module], batch: Tensor, *, repeats: int, seconds: float) -> Timing:
-    heap.keep_freed()  # or the time would depend on what lay where in memory
     synchronize = _synchronize(batch.device)
     began = time.perf_counter()
     for network in (*networks, *networks):  # kernels are chosen and memory is allocated

@@ -46,7 +46,7 @@ def send(*numbers: int) -> list[str]:
 
 
 class Happening:
-    """The events of a training and the training itself: those that come one after another. A test double of `Control` and of Ray's trainer."""
+    """The events of a training and the training itself, told all at once. A test double of `Control` and of Ray's trainer."""
 
     def __init__(self, *events: tuple) -> None:
         self.events = list(events)
@@ -55,8 +55,8 @@ class Happening:
     def take(self, timeout: float) -> list[tuple]:
         if not self.events:
             self.is_told.set()
-            return []
-        return [self.events.pop(0)]
+        taken, self.events = self.events, []
+        return taken
 
     def fit(self) -> None:
         assert self.is_told.wait(30)
@@ -80,7 +80,7 @@ def test_who_asks_for_the_end_does_not_wait_for_what_is_told(handled: list[int])
             os.kill(os.getpid(), signal.SIGTERM)
             assert stopped.wait(30)
 
-    happening = Happening(("note", "an epoch"))
+    happening = Happening(("note", "an epoch"), ("note", "another"))
     with pytest.raises(AskedToEndError):
         events.fit(happening, happening.take, Slow(), stop=stopped.set)
 

@@ -12,13 +12,14 @@ from typing import TextIO
 
 from rich.console import Console
 
-from dist_gsl import __version__
+from dist_gsl import __version__, heap
 from dist_gsl.cli import data, results, submit, train, tune
 from dist_gsl.cli.common import OneLineParser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `dist-gsl`."""
+    heap.keep_freed()  # networks are trained and timed
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     console = Console(soft_wrap=True, markup=False)  # paths may hold brackets
     handler = signal.signal(signal.SIGTERM, _terminate)

@@ -7,7 +7,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,8 +46,10 @@ def join(backend: str, address: str, port: int, timeout_s: float) -> None:
     """Makes the default process group, together with the others."""
     context, timeout = ray.train.get_context(), timedelta(seconds=timeout_s)
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    # As torchrun has them, for those who look there.
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(context.get_local_rank())}
+    os.environ |= {  # as torchrun's workers have them, for libraries that look there
+        "MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size), "NODE_RANK": str(context.get_node_rank()),
+        "LOCAL_RANK": str(context.get_local_rank()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+    }  # fmt: skip
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout) if _store is None else _store
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -57,8 +58,6 @@ def join(backend: str, address: str, port: int, timeout_s: float) -> None:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -76,7 +75,7 @@ def path_worker(job: dict[str, Any]) -> None:
 
     def tell(kind: str, number: int) -> None:
         if dist.get_rank() == 0:
-            _tell(job["control"], "told", kind, number)
+            ray.get(job["control"].tell.remote("told", kind, number))
 
     def work(config: RunConfig, device: torch.device, place: Place) -> None:
         trunk = place.checkpoints
@@ -98,7 +97,8 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
     """
     config = RunConfig.from_dict(job["config"])
     rank = ray.train.get_context().get_world_rank()
-    is_first, tell = rank == 0, partial(_tell, job["control"])
+    is_first, driver = rank == 0, _Driver(job["control"])
+    tell = driver.tell
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -113,8 +113,7 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
         return
 
     def on_progress(progress: Progress) -> None:
-        # Not waited for, as it is told between two steps; what is told after it comes after it.
-        job["control"].tell.remote("progress", progress.epoch, progress.step, progress.num_steps, progress.loss, progress.images_per_second)
+        driver.mention("progress", progress.epoch, progress.step, progress.num_steps, progress.loss, progress.images_per_second)
 
     def on_epoch(run_state: RunState, record: dict[str, Any]) -> None:
         # Told before it is kept: an epoch told twice does no harm, one never told is lost.
@@ -145,9 +144,22 @@ def _work(job: dict[str, Any], work: Callable[[RunConfig, torch.device, Place], 
             tell("failed", str(error))
 
 
-def _tell(control: Any, *event: Any) -> None:
-    """The driver has it when this returns."""
-    ray.get(control.tell.remote(*event))
+class _Driver:
+    """Who started the training, as it is told of what happens, in order."""
+
+    def __init__(self, control: Any) -> None:
+        self._control, self._mentioned = control, None
+
+    def tell(self, *event: Any) -> None:
+        """It is with `Control` when this returns; the driver, which waits there, may have been killed."""
+        if self._mentioned is not None:
+            ray.get(self._mentioned)  # Ray does not keep the order of calls
+        self._mentioned = None
+        ray.get(self._control.tell.remote(*event))
+
+    def mention(self, *event: Any) -> None:
+        """Between two steps: nobody waits until it has come."""
+        self._mentioned = self._control.tell.remote(*event)
 
 
 def _begun_before(control: Any) -> bool:

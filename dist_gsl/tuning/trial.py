@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from ray.exceptions import RayError
 
-from dist_gsl import artifact, data, launch, report, runs, storage, timing
+from dist_gsl import artifact, data, heap, launch, report, runs, storage, timing
 from dist_gsl.config import RunConfig
 from dist_gsl.events import Listener
 from dist_gsl.report import NeuronLog, Report
@@ -60,6 +60,7 @@ def run_trial(job: dict[str, Any]) -> None:
     folder, config = RunFolder(Path(job["folder"])), RunConfig.from_dict(job["config"])
     # Ray gives a process that reserves no CPU a single thread; removal and proof may use what a worker has.
     torch.set_num_threads(max(1, int(config.workers.cpus * config.workers.num)))
+    heap.keep_freed()  # networks are timed
     resources = launch.Resources(config.workers.num, job["gpu"])
     try:
         state = folder.last_state()
