@@ -75,6 +75,7 @@ class ProximalSGD(torch.optim.Optimizer):
         self._since_prox = [0.0] * len(self.param_groups)  # sum of learning rates per parameter group
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self._layer_groups = {layer.name: self._groups_of(layer) for layer in neurons}
+        self._in_several_groups = {name: groups for name, groups in self._layer_groups.items() if len(groups) > 1}
         self._reading: dict[Tensor, list[tuple[NeuronLayer, Slice]]] = {}
         for layer in neurons:
             for piece in layer.readers:
@@ -264,7 +265,7 @@ class ProximalSGD(torch.optim.Optimizer):
         return sorted(groups)
 
     def _check_rates(self) -> None:
-        for name, groups in self._layer_groups.items():
+        for name, groups in self._in_several_groups.items():
             rates = {self.param_groups[i]["lr"] for i in groups}
             if len(rates) > 1:
                 raise ValueError(f"ProximalSGD: the neurons of {name!r} lie in parameter groups of learning rates "

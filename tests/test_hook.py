@@ -1,6 +1,7 @@
 """A step inside backward, in one process."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons
-from dist_gsl.hook import is_dense
+from dist_gsl.hook import InBackward, is_dense
 from tests.training.conftest import process_group  # noqa: F401  (all here is one process's)
 
 
@@ -67,3 +68,56 @@ def test_a_step_that_was_cut_off_is_forgotten_when_a_state_is_loaded() -> None:
     optimizer.finish_step()
     assert neurons["0"].mask.all()
     assert all(torch.equal(tensor, parameters[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("device", [False, True], ids=["cpu", "as on a device"])
+def test_steps_of_several_buckets_are_the_step_by_hand(monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    """To the bit, before and after DDP makes its buckets anew. On a CPU no other thread has a part in it."""
+    if device:  # its threads, without its streams
+        monkeypatch.setattr(InBackward, "_reduce_for_end", InBackward._reduce_with_callback)
+    threads = set()
+    update_ = ProximalSGD.update_
+
+    def watched(self: ProximalSGD, parameters: list[torch.Tensor], *arguments: object) -> None:
+        threads.add(threading.get_ident())
+        updates.append(len(parameters))
+        update_(self, parameters, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ProximalSGD, "update_", watched)
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 5, 5).to(memory_format=torch.channels_last), torch.randint(3, (6,))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = model.to(memory_format=torch.channels_last)
+    by_hand = copy.deepcopy(model)
+    both = [
+        ProximalSGD(each.parameters(), find_neurons(each, x), SparseGroupLasso(beta=0.12, alpha=0.3), lr=0.2, momentum=0.9, weight_decay=0.01)
+        for each in (model, by_hand)
+    ]
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1e-4)
+    both[0].attach(ddp)
+    for number in range(5):
+        updates: list[int] = []
+        both[0].zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        assert (len(updates) > 1) is (number > 0)
+        assert sum(updates) == len(list(model.parameters()))
+        both[1].zero_grad()
+        F.cross_entropy(by_hand(x), y).backward()
+        both[1].step()
+    assert not all(layer.mask.all() for layer in both[0].neurons)
+    for (name, p), q in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert device or threads == {threading.get_ident()}
+
+
+def test_nothing_is_kept_of_the_buckets_of_the_first_backward() -> None:
+    """DDP makes them anew then, and what is kept of the old ones would keep their memory."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(5, 4)
+    optimizer = ProximalSGD(model.parameters(), find_neurons(model, x), SparseGroupLasso(beta=0.0), lr=0.1)
+    ddp = DistributedDataParallel(model)
+    optimizer.attach(ddp)
+    assert optimizer._backward is not None
+    for expected in (0, 1, 1):
+        ddp(x).sum().backward()
+        assert len(optimizer._backward._buckets) == expected
