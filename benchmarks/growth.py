@@ -113,8 +113,7 @@ def proximal_step(model: nn.Module, neurons: Neurons, *, alpha: float) -> Callab
 
     @torch.no_grad()
     def step() -> None:
-        for layer in neurons:
-            optimizer.prox_(layer)
+        optimizer.prox_(neurons)
 
     return step
 
