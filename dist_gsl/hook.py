@@ -55,9 +55,6 @@ class InBackward:
         self.overlap = not reasons
         if reasons:
             warnings.warn(f"stepping after backward, not within it: {', '.join(reasons)}", stacklevel=3)
-        self._ends_first = self.overlap and not ddp.static_graph
-        """`_end` comes before DDP waits for its buckets. In the first backward of a static graph it comes after that, and so it may with unused
-        parameters: DDP would wait for a step that waits for DDP."""
         self.stepping = False
         self._work: list[Callable[[], object]] = []
         """Of each bucket of this backward, what waits for it and for its step."""
@@ -78,6 +75,7 @@ class InBackward:
 
     def release(self) -> None:
         """Holds nothing any more."""
+        self._work, self._split, self._samples = [], [], None
         del self.optimizer, self.ddp, self._layers_of, self._buckets
 
     def count_samples(self, num_samples: int, total: int | None) -> None:
@@ -89,19 +87,27 @@ class InBackward:
         self._samples = count, dist.all_reduce(count, group=self.ddp.process_group, async_op=True)
 
     def _hook(self, _state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        if not self._work:
+        # Buckets come in order, whichever is ready first.
+        if bucket.index() == 0:
             self._begin()
+        if bucket.is_last():  # DDP queues its own end right after this, behind ours: in the same graph task, whichever that is
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
         buffer = bucket.buffer()
-        known = self._buckets.get(bucket.index())
-        if known is None or known.address != buffer.data_ptr():
-            known = self._look_at(bucket)
-            if self._has_rebuilt:
-                self._buckets[bucket.index()] = known
-        if buffer.device.type == "cpu" and self._ends_first:
+        known = self._what_is_in(bucket) if self.overlap else None
+        # In the first backward of a static graph DDP waits for its buckets before it lets `_end` come: it would wait for a step that waits for it.
+        if buffer.device.type == "cpu" and self.overlap and not self.ddp.static_graph:
             return self._reduce_for_end(buffer, known)
         return self._reduce_with_callback(buffer, known)
 
-    def _reduce_for_end(self, buffer: Tensor, bucket: _Bucket) -> torch.futures.Future[Tensor]:
+    def _what_is_in(self, bucket: dist.GradBucket) -> _Bucket:
+        known = self._buckets.get(bucket.index())
+        if known is None or known.address != bucket.buffer().data_ptr():
+            known = self._look_at(bucket)
+            if self._has_rebuilt:
+                self._buckets[bucket.index()] = known
+        return known
+
+    def _reduce_for_end(self, buffer: Tensor, bucket: _Bucket | None) -> torch.futures.Future[Tensor]:
         work = dist.all_reduce(buffer, group=self.ddp.process_group, async_op=True)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
 
@@ -114,7 +120,7 @@ class InBackward:
         self._work.append(finish)
         return future
 
-    def _reduce_with_callback(self, buffer: Tensor, bucket: _Bucket) -> torch.futures.Future[Tensor]:
+    def _reduce_with_callback(self, buffer: Tensor, bucket: _Bucket | None) -> torch.futures.Future[Tensor]:
         def reduced(future: torch.futures.Future[list[Tensor]]) -> Tensor:
             flat = future.value()[0]
             with torch.no_grad():  # pool threads have gradients on
@@ -125,17 +131,17 @@ class InBackward:
         self._work.append(future.wait)
         return future
 
-    def _finish(self, buffer: Tensor, bucket: _Bucket) -> None:
+    def _finish(self, buffer: Tensor, bucket: _Bucket | None) -> None:
         """What is left to do with a bucket that is reduced."""
         buffer.div_(self._divisor())
-        if self.overlap:
+        if bucket is not None:
             self._step(bucket)
 
     def _begin(self) -> None:
         """Before the first bucket of a backward."""
+        self._work, self._split = [], []  # what a backward that was cut off left
         if self.overlap:
             self.optimizer.begin_step()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _divisor(self) -> Tensor | int:
         if self._samples is None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons
 from dist_gsl.hook import InBackward, is_dense
@@ -121,3 +122,72 @@ def test_nothing_is_kept_of_the_buckets_of_the_first_backward() -> None:
     for expected in (0, 1, 1):
         ddp(x).sum().backward()
         assert len(optimizer._backward._buckets) == expected
+
+
+class Recomputed(nn.Module):
+    """Some of a chain's modules run again in backward, which is a backward of its own then."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.first, self.last = first, last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return self.chain(x)
+        x = checkpoint(self.chain[self.first : self.last], self.chain[: self.first](x), use_reentrant=True)
+        return self.chain[self.last :](x)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (1, 5)], ids=["head outside", "stem outside"])
+def test_a_backward_within_backward_is_one_step(first: int, last: int) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 6, requires_grad=True), torch.randint(3, (5,))
+    model = Recomputed(first, last)
+    by_hand = copy.deepcopy(model)
+    both = [
+        ProximalSGD(each.parameters(), find_neurons(each.eval(), x.detach()), SparseGroupLasso(beta=0.01), lr=0.2, momentum=0.9)
+        for each in (model, by_hand)
+    ]
+    model.train()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1e-4)
+    both[0].attach(ddp)
+    for number in range(1, 5):
+        both[0].zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        assert both[0].num_steps == number
+        both[1].zero_grad()
+        F.cross_entropy(by_hand(x), y).backward()
+        both[1].step()
+    for (name, p), q in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.timeout(60)
+def test_a_graph_that_is_said_to_be_static_later() -> None:
+    x = torch.randn(5, 4)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = ProximalSGD(model.parameters(), find_neurons(model, x), SparseGroupLasso(beta=0.0), lr=0.1)
+    ddp = DistributedDataParallel(model)
+    optimizer.attach(ddp)
+    ddp._set_static_graph()
+    for number in range(1, 4):
+        ddp(x).sum().backward()
+        assert optimizer.num_steps == number
+
+
+@pytest.mark.timeout(60)
+def test_a_parameter_that_is_not_optimized() -> None:
+    """No neuron owns the last layer's bias; where the step comes after backward it may be left out."""
+    x = torch.randn(5, 4)
+    last = nn.Linear(6, 3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), last)
+    before = last.bias.detach().clone()
+    optimizer = ProximalSGD([p for p in model.parameters() if p is not last.bias], find_neurons(model, x), SparseGroupLasso(beta=0.0), lr=0.1)
+    ddp = DistributedDataParallel(model)
+    with pytest.warns(UserWarning, match="after backward"):
+        optimizer.attach(ddp, max_grad_norm=1.0)
+    ddp(x).sum().backward()
+    assert optimizer.num_steps == 1
+    assert torch.equal(last.bias, before)
