@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What is to be done with a bucket of gradients: the same in every backward, and half a millisecond of Python to find out."""
+    """What is to be done with a bucket of gradients: the same in every backward, and a quarter of a millisecond of Python to find out."""
 
     address: int
     """Of the bucket's buffer, which the gradients are views of."""
@@ -93,9 +93,11 @@ class InBackward:
         if bucket.is_last():  # DDP queues its own end right after this, behind ours: in the same graph task, whichever that is
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         buffer = bucket.buffer()
-        known = self._what_is_in(bucket) if self.overlap else None
+        if not self.overlap:
+            return self._reduce_with_callback(buffer, None)
+        known = self._what_is_in(bucket)
         # In the first backward of a static graph DDP waits for its buckets before it lets `_end` come: it would wait for a step that waits for it.
-        if buffer.device.type == "cpu" and self.overlap and not self.ddp.static_graph:
+        if buffer.device.type == "cpu" and not self.ddp.static_graph:
             return self._reduce_for_end(buffer, known)
         return self._reduce_with_callback(buffer, known)
 
@@ -107,7 +109,7 @@ class InBackward:
                 self._buckets[bucket.index()] = known
         return known
 
-    def _reduce_for_end(self, buffer: Tensor, bucket: _Bucket | None) -> torch.futures.Future[Tensor]:
+    def _reduce_for_end(self, buffer: Tensor, bucket: _Bucket) -> torch.futures.Future[Tensor]:
         work = dist.all_reduce(buffer, group=self.ddp.process_group, async_op=True)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
 
@@ -160,11 +162,11 @@ class InBackward:
             # bucket.gradients() reads channels_last parameters in the wrong order
             its_gradients.append(g.as_strided(p.shape, p.stride(), g.storage_offset()) if is_dense(p) else g)
         here = Counter(layer.name for p in parameters for layer in self._layers_of.get(p, []))
-        layers: dict[bool, list[NeuronLayer]] = {True: [], False: []}
-        for name, num_pieces in here.items():
-            layers[num_pieces == self._num_pieces[name]].append(self.optimizer.neurons[name])
-        numbered = [(number, *both) for number, both in by_group.items()]
-        return _Bucket(bucket.buffer().data_ptr(), numbered, layers[True], layers[False])
+        layers = [(self.optimizer.neurons[name], num_pieces == self._num_pieces[name]) for name, num_pieces in here.items()]
+        return _Bucket(
+            bucket.buffer().data_ptr(), [(number, *both) for number, both in by_group.items()],
+            whole=[layer for layer, is_whole in layers if is_whole], split=[layer for layer, is_whole in layers if not is_whole],
+        )
 
     def _step(self, bucket: _Bucket) -> None:
         """Of a bucket: on a device each runs on a thread and in a stream of its own. So a layer takes its proximal step here only if all that

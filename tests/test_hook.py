@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -79,10 +80,10 @@ def test_steps_of_several_buckets_are_the_step_by_hand(monkeypatch: pytest.Monke
     threads = set()
     update_ = ProximalSGD.update_
 
-    def watched(self: ProximalSGD, parameters: list[torch.Tensor], *arguments: object) -> None:
+    def watched(self: ProximalSGD, parameters: list[torch.Tensor], gradients: list[torch.Tensor], group: dict[str, Any]) -> None:
         threads.add(threading.get_ident())
         updates.append(len(parameters))
-        update_(self, parameters, *arguments)  # type: ignore[arg-type]
+        update_(self, parameters, gradients, group)
 
     monkeypatch.setattr(ProximalSGD, "update_", watched)
     torch.manual_seed(0)
