@@ -46,20 +46,46 @@ def ratio_of(seconds: list[float], other: list[float]) -> Ratio:
     return Ratio(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread), statistics.median(seconds), statistics.median(other), len(logs))
 
 
-def timed(run: Callable[[], object], synchronize: Callable[[], object]) -> float:
+def timed(run: Callable[[], object], synchronize: Callable[[], object], *, wait: bool = True) -> float:
+    """Seconds of a call, and of what it started if `wait`."""
     heap.keep_freed()  # as a training does; or a ratio would be of what lay where in memory
     synchronize()
     began = time.perf_counter()
     run()
-    synchronize()
+    if wait:
+        synchronize()
     return time.perf_counter() - began
+
+
+def device_seconds(run: Callable[[], object]) -> float:
+    """What a GPU needs for what a call launches, without the time that it waits for launches: it is kept busy until all are queued, as in a
+    training, whose host is ahead of it. `RuntimeError` if the call waits for the device."""
+    import torch
+
+    heap.keep_freed()
+    cycles = 1 << 20
+    while cycles < 1 << 32:
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        began.record()
+        run()
+        ended.record()
+        was_ahead = not began.query()
+        ended.synchronize()
+        if was_ahead:
+            return began.elapsed_time(ended) / 1e3
+        cycles *= 2
+    raise RuntimeError("the call waits for the device: what it launches cannot be queued ahead")
 
 
 def compare(
     one: Callable[[], object], other: Callable[[], object], *, pairs: int = AT_LEAST, warmup: int = 2, seed: int = 0,
-    synchronize: Callable[[], object] = lambda: None, seconds: float = math.inf, fewest: int = 5,
+    synchronize: Callable[[], object] = lambda: None, clock: Callable[[Callable[[], object]], float] | None = None, seconds: float = math.inf,
+    fewest: int = 5,
 ) -> Ratio:  # fmt: skip
-    """`synchronize` waits until the device is done, and for other processes. The order of each pair is drawn alike from the seed everywhere.
+    """`synchronize` waits until the device is done, and for other processes; or `clock` times a call. The order of each pair is drawn alike from
+    the seed everywhere.
 
     After so many `seconds` no more pair is begun, once there are `fewest`; for pairs of one process alone, as each has a clock of its own.
     """
@@ -73,5 +99,6 @@ def compare(
         if number >= fewest and time.perf_counter() - began > seconds:
             break
         for which in order.sample((0, 1), 2):
-            taken[which].append(timed((one, other)[which], synchronize))
+            run = (one, other)[which]
+            taken[which].append(timed(run, synchronize) if clock is None else clock(run))
     return ratio_of(*taken)

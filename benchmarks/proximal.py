@@ -2,16 +2,20 @@
 
     python benchmarks/proximal.py [--device cuda] [--threads 1] [--networks dec8-768 resnet50 vit_b_16] [--loop]
 
-"step" is what the optimizer does for every layer in every step. "copy" copies as many entries elsewhere, "in place" multiplies them where they
+"step" is what the optimizer does for every layer in every step, deaths included. "copy" copies as many entries elsewhere, "in place" multiplies them where they
 are: one read and one write, the least for what changes every entry. Timed in interleaved pairs (`pairs.py`); beta is so small that nothing
 dies, so that every pair has the same work. "torch" is the operator by vectorised operations of torch, as on devices that have no kernel, and
 stands over copy; --loop adds one neuron after another in Python, as other implementations of the method have it.
+
+On a GPU times are the device's own, while the host is ahead of it, as in a training; "host" is what a step takes of the host, which launches
+it and waits for nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pairs import AT_LEAST, compare
+from benchmarks.pairs import AT_LEAST, compare, device_seconds, timed
 from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
 from dist_gsl.penalty import row_norms, shrink_factors, soft_threshold
 
@@ -52,9 +56,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    synchronize: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    print("| network | entries, million | alpha | step over copy | step over in place | torch over copy | " + ("loop over copy | " if options.loop else ""))
-    print("|---|---|---|---|---|---|" + ("---|" if options.loop else ""))
+    is_cuda = device.type == "cuda"
+    clock = device_seconds if is_cuda else None
+    synchronize: Callable[[], Any] = torch.cuda.synchronize if is_cuda else lambda: None
+    more = ("host, ms | " if is_cuda else "") + ("loop over copy | " if options.loop else "")
+    print("| network | entries, million | alpha | step over copy | step over in place | torch over copy | copy, GB/s | " + more)
+    print("|---|---|---|---|---|---|---|" + "---|" * more.count("|"))
     for name in options.networks:
         model = create_model(name, num_classes=1000)
         neurons = find_neurons(model, torch.randn(1, 3, 224, 224))
@@ -65,11 +72,12 @@ def main() -> None:
         target = torch.empty_like(source)
         for alpha in (0.0, 0.5):
             optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=BETA, alpha=alpha), lr=RATE)
-            optimizer.begin_step()
 
             @torch.no_grad()
             def step(optimizer: ProximalSGD = optimizer, neurons: Any = neurons) -> None:
+                optimizer.begin_step()
                 optimizer.prox_(neurons)
+                optimizer.finish_step()
 
             def each(way: Callable[..., None], layers: Any = layers, alpha: float = alpha) -> None:
                 for layer, parts in layers:
@@ -81,12 +89,17 @@ def main() -> None:
             def in_place(source: Tensor = source) -> None:
                 source.mul_(1.0)
 
-            ratio = partial(compare, pairs=options.pairs, synchronize=synchronize)
-            cells: list[Any] = [ratio(step, copy), ratio(step, in_place), ratio(lambda: each(by_torch), copy)]
+            ratio = partial(compare, pairs=options.pairs, clock=clock)
+            found = ratio(step, copy)
+            copied = 2 * source.nbytes / found.other_seconds / 1e9
+            cells: list[Any] = [found, ratio(step, in_place), ratio(lambda: each(by_torch), copy), f"{copied:,.0f}"]
+            if is_cuda:
+                cells.append(f"{1e3 * statistics.median(timed(step, synchronize, wait=False) for _ in range(options.pairs)):.3f}")
             if options.loop:
                 cells.append(f"{compare(lambda: each(neuron_by_neuron), copy, pairs=3, warmup=0, synchronize=synchronize).ratio:.0f}")
             print(f"| {name} | {entries / 1e6:.1f} | {alpha:g} | {' | '.join(map(str, cells))} |", flush=True)
-    print(f"{options.threads} thread(s), {device}, torch {torch.__version__}; command: {' '.join(sys.argv)}")
+    where = torch.cuda.get_device_name(device) if is_cuda else f"{options.threads} thread(s)"
+    print(f"{where}, {options.pairs} pairs, torch {torch.__version__}; command: {' '.join(sys.argv)}")
 
 
 if __name__ == "__main__":

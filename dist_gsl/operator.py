@@ -62,6 +62,8 @@ class ProximalOperator:
         """Of each layer on a device, the version of its mask that was taken there, and what became of it."""
         self._unheard: list[tuple[gpu.Clear, list[_Due], list[int]]] = []
         self._cleared: dict[str, tuple[int, list[Layout]]] = {}
+        self._looked_at: set[str] = set()
+        """Layers of whose `_cleared` it is known since `bury_` that it still lies where it did."""
         self._generation = 0
         """Of the tensors that mirror the parameters."""
 
@@ -102,6 +104,7 @@ class ProximalOperator:
                 if bool(dead.any()):
                     self.neurons.zero_({name: dead.nonzero().flatten()})
         self._clear_on_devices_(launched)
+        self._looked_at.clear()
         for name, prox in found.items():
             if prox.kept_by_force:
                 self._warn_of_force(name, prox.beta)
@@ -116,6 +119,7 @@ class ProximalOperator:
     def forget_copies(self) -> None:
         """What mirrors the parameters has changed, as when momentum has come."""
         self._generation += 1
+        self._looked_at.clear()
 
     def _due(self, layer: NeuronLayer, step: int, t: float) -> _Due:
         is_one_group = self.branches_are_groups and layer.bypassed and self.depth
@@ -223,6 +227,8 @@ class ProximalOperator:
     def _cleared_with(self, layer: NeuronLayer) -> list[Layout]:
         """What a death of the layer's neurons clears besides their own parameters."""
         known = self._cleared.get(layer.name)
+        if known is not None and layer.name in self._looked_at:
+            return known[1]
         key = self._generation + self.neurons.num_copies  # both only grow
         if known is None or known[0] != key or not all(layout.is_current() for layout in known[1]):
             rows = [
@@ -232,6 +238,7 @@ class ProximalOperator:
                 if piece.tensor in tensors
             ]
             known = self._cleared[layer.name] = key, [Layout([each], layer.num_neurons) for each in rows]
+        self._looked_at.add(layer.name)
         return known[1]
 
     def _hear(self) -> None:

@@ -30,10 +30,9 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype, layout: str, *, seed: int = 0) -> list[Tensor]:
+def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype, layout: str, *, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    parts = [LAYOUTS[layout](torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
-    return parts
+    return [LAYOUTS[layout](torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)) for shape in shapes]
 
 
 def layout_of(parts: list[Tensor]) -> Layout:

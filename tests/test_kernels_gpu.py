@@ -1,4 +1,4 @@
-"""The proximal step on a GPU, whose programs Triton interprets here: a GPU's compiler sees them in a process of its own."""
+"""The proximal step on a GPU. Where there is none, Triton interprets the programs, and a GPU's compiler sees them in a process of its own."""
 
 import copy
 import subprocess
@@ -21,13 +21,16 @@ from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons, kernels
 from dist_gsl.kernels import Kind, Layout, Rows, gpu
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import dying, shrink_factors
+from tests.device import BACKEND, DEVICE, waits_are_errors
 from tests.networks import IMAGE, batches, chain, tiny, train_step
 from tests.test_kernels import LAYOUTS, SHAPES, by_torch, drawn, layout_of, median_norm
 
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would go to C++ goes the way of a GPU, on tensors of the CPU."""
+    """What would go to C++ goes the way of a GPU, on tensors of the CPU where there is no other device."""
+    if DEVICE.type == "cuda":
+        return
     kind_of = kernels.kind_of
     monkeypatch.setattr(kernels, "kind_of", lambda layout: Kind.GPU if kind_of(layout) is Kind.CPU else kind_of(layout))
     launch, one_at_a_time = gpu.Shrink.__call__, threading.Lock()
@@ -44,7 +47,7 @@ class Step:
 
     def __init__(self, layouts: list[Layout], *, min_alive: int = 0) -> None:
         self.shrink_ = gpu.Shrink(layouts)
-        alive = [torch.ones(layout.num_neurons, dtype=torch.uint8) for layout in layouts]
+        alive = [torch.ones(layout.num_neurons, dtype=torch.uint8, device=layout.device) for layout in layouts]
         nothing: list[list[Layout]] = [[] for _ in layouts]
         self._clear = gpu.Clear([self.shrink_], also=nothing, min_alive=[min_alive] * len(layouts), alive=alive, for_good=True)
 
@@ -60,12 +63,22 @@ class Step:
         return [is_forced for _, is_forced in self._clear.heard()]
 
 
+MORE_SHAPES: dict[str, list[tuple[int, ...]]] = {
+    **{f"{num_neurons} of {size}": [(num_neurons, size), (num_neurons,)]
+       for num_neurons, size in ((3, 4608), (3, 4601), (5, 2304), (5, 2301), (9, 1152), (9, 1151), (17, 288), (17, 287), (33, 72), (33, 71), (130, 16), (130, 15))},
+    "longer than any tile, aligned": [(3, 9216), (3,)],
+    "several runs, many single entries": [(12, 64, 3, 3), (12,), (12,), (12, 64), (12,), (12,), (12, 129)],
+    "several, aligned": [(5, 128, 3, 3), (5, 64), (5,), (5, 2048)],
+}  # fmt: skip
+"""Every tile of a GPU, read by one and by four entries, full and not; and what takes more than one."""
+
+
 @pytest.mark.parametrize("cut", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_it_is_the_operator(layout: str, dtype: torch.dtype, cut: float) -> None:
     """All shapes in one launch."""
-    layers = [drawn(shapes, dtype, layout) for shapes in SHAPES.values()]
+    layers = [drawn(shapes, dtype, layout, device=DEVICE) for shapes in (SHAPES | (MORE_SHAPES if layout == "contiguous" or DEVICE.type == "cuda" else {})).values()]
     thresholds = [0.999 * median_norm(parts, cut) for parts in layers]  # about half of each layer's die
     expected = [by_torch(parts, cut=cut, threshold=threshold) for parts, threshold in zip(layers, thresholds, strict=True)]
     before = [[part.clone() for part in parts] for parts in layers]
@@ -77,7 +90,7 @@ def test_it_is_the_operator(layout: str, dtype: torch.dtype, cut: float) -> None
             assert torch.equal(part[factors == 0], was[factors == 0])  # until all layers are done
     step.clear_()
     for parts, (new, factors), alive in zip(layers, expected, step.masks, strict=True):
-        assert torch.equal(alive, factors != 0)
+        assert torch.equal(alive, (factors != 0).cpu())
         for part, will in zip(parts, new, strict=True):
             torch.testing.assert_close(part, will)
 
@@ -87,7 +100,7 @@ def test_it_is_the_operator(layout: str, dtype: torch.dtype, cut: float) -> None
     norms=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]), min_size=1, max_size=70), min_alive=st.integers(0, 5), threshold=st.sampled_from([0.7, 3.0, 9.0])
 )
 def test_the_strongest_of_the_dying_stay(norms: list[float], min_alive: int, threshold: float) -> None:
-    part = torch.tensor(norms)[:, None] * torch.tensor([0.6, 0.8])
+    part = torch.tensor(norms, device=DEVICE)[:, None] * torch.tensor([0.6, 0.8], device=DEVICE)
     before = part.clone()
     factors = shrink_factors(before.norm(dim=1), threshold)
     dead, kept = dying([before], factors, min_alive=min_alive)
@@ -103,14 +116,14 @@ def test_the_strongest_of_the_dying_stay(norms: list[float], min_alive: int, thr
 
 def test_neurons_at_any_places() -> None:
     index = torch.tensor([[7, 2], [0, 1], [3, 9]])
-    whole = torch.randn(10, 10, 3, generator=torch.Generator().manual_seed(0))
-    by_cpu = whole.clone()
-    threshold = float(whole[:, index.flatten()].movedim(1, 0).reshape(3, -1).norm(dim=1).median())
+    by_cpu = torch.randn(10, 10, 3, generator=torch.Generator().manual_seed(0))
+    whole = by_cpu.clone().to(DEVICE)
+    threshold = float(by_cpu[:, index.flatten()].movedim(1, 0).reshape(3, -1).norm(dim=1).median())
     step = Step([Layout([Rows(whole, 1, index, is_block=False)], 3)])
     step.shrink_(cuts=[0.1], thresholds=[threshold])
     step.clear_()
     kernels.cpu.shrink_([Layout([Rows(by_cpu, 1, index, is_block=False)], 3)], cuts=[0.1], thresholds=[threshold], min_alive=[0])
-    torch.testing.assert_close(whole, by_cpu)
+    torch.testing.assert_close(whole.cpu(), by_cpu)
     assert int(step.masks[0].sum()) in (1, 2)
 
 
@@ -118,7 +131,7 @@ def test_neurons_at_any_places() -> None:
 @pytest.mark.parametrize("cut", [0.0, 0.05])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_not_finite_is_not_taken_for_dead(value: float, cut: float) -> None:
-    parts = [torch.ones(4, 3), torch.ones(4)]
+    parts = [torch.ones(4, 3, device=DEVICE), torch.ones(4, device=DEVICE)]
     parts[0][1, 2] = value
     step = Step([layout_of(parts)])
     step.shrink_(cuts=[cut], thresholds=[0.1])
@@ -127,10 +140,15 @@ def test_what_is_not_finite_is_not_taken_for_dead(value: float, cut: float) -> N
     assert torch.cat([part.reshape(4, -1) for part in parts], dim=1).isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
-def course(*, num_steps: int = 20, **options: Any) -> tuple[nn.Module, nn.Module, Neurons, ProximalSGD, list[float]]:
+def moved(batch: tuple[Tensor, Tensor], device: torch.device = DEVICE) -> tuple[Tensor, Tensor]:
+    return batch[0].to(device), batch[1].to(device)
+
+
+def course(*, num_steps: int = 20, device: torch.device = DEVICE, **options: Any) -> tuple[nn.Module, nn.Module, Neurons, ProximalSGD, list[float]]:
     """A network after some steps, with its moving average."""
     model = chain(dtype=torch.float64)
     neurons = find_neurons(model, torch.zeros(1, *IMAGE, dtype=torch.float64))
+    model.to(device)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     neurons.register_copy(lambda: [dict(averaged.module.named_parameters())], is_model=True)
     strength = {"beta": 0.08, "alpha": 0.3, **{key: options.pop(key) for key in ("beta", "alpha") if key in options}}
@@ -138,7 +156,7 @@ def course(*, num_steps: int = 20, **options: Any) -> tuple[nn.Module, nn.Module
     optimizer = ProximalSGD(model.parameters(), neurons, penalty, lr=0.05, momentum=0.9, **options)
     losses = []
     for batch in batches(num_steps, dtype=torch.float64):
-        losses.append(train_step(model, optimizer.step, batch))
+        losses.append(train_step(model, optimizer.step, moved(batch, device)))
         averaged.update_parameters(model)
     return model, averaged.module, neurons, optimizer, losses
 
@@ -153,16 +171,16 @@ def test_a_training_is_what_it_is_on_a_cpu(options: dict[str, Any], on_gpu: None
     model, averaged, neurons, optimizer, losses = course(**options)
     died = {layer.name: layer.mask.tolist() for layer in neurons}
     monkeypatch.undo()
-    plain, plain_average, plain_neurons, plain_optimizer, plain_losses = course(**options)
+    plain, plain_average, plain_neurons, plain_optimizer, plain_losses = course(device=torch.device("cpu"), **options)
     assert losses == pytest.approx(plain_losses, abs=1e-10)
     assert died == {layer.name: layer.mask.tolist() for layer in plain_neurons}
     assert 0 < sum(layer.num_dead for layer in neurons) < sum(layer.num_neurons for layer in neurons)
     for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
-        torch.testing.assert_close(p, q[1], rtol=0, atol=1e-10, msg=name)
-        momentum = [each.state[x]["momentum_buffer"] for each, x in ((optimizer, p), (plain_optimizer, q[1]))]
+        torch.testing.assert_close(p.cpu(), q[1], rtol=0, atol=1e-10, msg=name)
+        momentum = [each.state[x]["momentum_buffer"].cpu() for each, x in ((optimizer, p), (plain_optimizer, q[1]))]
         torch.testing.assert_close(*momentum, rtol=0, atol=1e-10, msg=name)
     for mine, other in zip(averaged.parameters(), plain_average.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+        torch.testing.assert_close(mine.cpu(), other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("error:layer .* would kill every neuron")
@@ -208,7 +226,7 @@ def launches_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_step_asks_the_device_nothing_and_takes_two_launches(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, neurons, optimizer, _ = course(beta=0.05, num_steps=3)  # tables and momentum are there
     launches = launches_of(monkeypatch)
-    with Watched() as watched, monkeypatch.context() as patch:
+    with Watched() as watched, monkeypatch.context() as patch, waits_are_errors():
         patch.setattr(gpu.Clear, "heard", lambda self: pytest.fail("the host waits for the device"))
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -222,7 +240,7 @@ def test_a_step_asks_the_device_nothing_and_takes_two_launches(on_gpu: None, mon
 def test_masks_may_be_read_between_forward_and_backward(on_gpu: None) -> None:
     model, _, neurons, optimizer, _ = course(num_steps=12)
     assert neurons["conv1"].__dict__["_ask"] is not None
-    (x, y), *_ = batches(1, dtype=torch.float64)
+    x, y = moved(next(batches(1, dtype=torch.float64)))
     loss = F.cross_entropy(model(x), y)
     assert sum(layer.num_dead for layer in neurons) > 0
     loss.backward()
@@ -249,6 +267,7 @@ def test_so_they_may_where_a_branch_has_vanished(mode: str, on_gpu: None) -> Non
     model = Residual().double()
     x = torch.randn(4, *IMAGE, dtype=torch.float64)
     neurons = find_neurons(model, x[:1])
+    model, x = model.to(DEVICE), x.to(DEVICE)
     optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta={"branch.2": 100.0, "branch.0": 1e-9}), lr=0.1)
     model(x).sum().backward()
     optimizer.step()
@@ -275,10 +294,11 @@ def test_a_neuron_that_something_moved_after_its_death_is_cleared_again(on_gpu: 
 def test_what_died_unheard_does_not_die_in_a_state_that_is_loaded(on_gpu: None) -> None:
     model = chain(dtype=torch.float64)
     neurons = find_neurons(model, torch.zeros(1, *IMAGE, dtype=torch.float64))
+    model.to(DEVICE)
     optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.08), lr=0.05, momentum=0.9)
     parameters, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     for batch in batches(12, dtype=torch.float64):
-        train_step(model, optimizer.step, batch)
+        train_step(model, optimizer.step, moved(batch))
     model.load_state_dict(parameters)
     optimizer.load_state_dict(state)
     assert all(layer.mask.all() for layer in neurons)
@@ -315,19 +335,20 @@ def test_copies_know_what_the_device_knew(on_gpu: None) -> None:
 
 def test_within_backward_it_is_what_it_is_by_hand(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several buckets, built anew after the first step, deaths from the first step on; a layer whose parts lie in two buckets."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     try:
         attached, plain = chain(dtype=torch.float64), chain(dtype=torch.float64)
         found = []
         for model in (attached, plain):
             neurons = find_neurons(model, torch.zeros(1, *IMAGE, dtype=torch.float64))
+            model.to(DEVICE)
             penalty = SparseGroupLasso(beta=0.08, alpha=0.3)
             found.append((neurons, ProximalSGD(model.parameters(), neurons, penalty, lr=0.05, momentum=0.9)))
         (neurons, optimizer), (plain_neurons, plain_optimizer) = found
         ddp = DistributedDataParallel(attached, bucket_cap_mb=0.001)
         optimizer.attach(ddp)
         launches = launches_of(monkeypatch)
-        for number, batch in enumerate(batches(12, dtype=torch.float64)):
+        for number, batch in enumerate(map(moved, batches(12, dtype=torch.float64))):
             del launches[:]
             train_step(ddp, lambda: None, batch)
             assert launches.count("_clear") == 1, number
@@ -358,6 +379,7 @@ def test_shapes_as_they_occur(name: str, on_gpu: None, monkeypatch: pytest.Monke
     other = copy.deepcopy(model)
     kinds: list[Kind] = []
     neurons = find_neurons(model, example)
+    model.to(DEVICE)
     optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=2e-2, alpha=0.2), lr=1.0)
     optimizer._operator._kind_of, kind_of = lambda due: kinds.append(kind_of(due)) or kinds[-1], optimizer._operator._kind_of  # type: ignore[method-assign, func-returns-value]
     optimizer.step()
@@ -367,7 +389,7 @@ def test_shapes_as_they_occur(name: str, on_gpu: None, monkeypatch: pytest.Monke
     theirs = find_neurons(other, example)
     ProximalSGD(other.parameters(), theirs, SparseGroupLasso(beta=2e-2, alpha=0.2), lr=1.0).step()
     for (key, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, msg=key)
+        torch.testing.assert_close(p.cpu(), q, msg=key)
     assert all(torch.equal(mask, layer.mask) for mask, layer in zip(masks, theirs, strict=True))
 
 
@@ -376,6 +398,7 @@ def test_neurons_that_give_something_when_they_are_zero_go_by_torch(on_gpu: None
     """The gradients of what reads them are masked before every step, so the host must hear of their deaths at once."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     neurons = find_neurons(model, torch.zeros(1, *IMAGE))
+    model.to(DEVICE)
     optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=0.5), lr=0.5)
     optimizer.step()
     assert [layer.__dict__.get("_ask") is not None for layer in neurons] == [False, True]
@@ -383,16 +406,17 @@ def test_neurons_that_give_something_when_they_are_zero_go_by_torch(on_gpu: None
 
 
 COMPILE = """
-import triton, triton.language as tl
+import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dist_gsl.kernels import gpu
-tile = dict(zip(("r0", "c0", "r1", "c1", "r2", "c2"), (n for shape in gpu.SHAPES for n in shape)))
 for capability in (70, 80, 90):
-    for name, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):
-        tables = {"programs": "*i32", "layers": "*i64", "parts": "*i64"}
+    for name, type_of in (("fp32", torch.float32), ("fp64", torch.float64)):
+        dtype, shapes = gpu._TYPES[type_of], gpu.shapes_of(type_of)
+        tables = {"programs": "*i32", "layers": "*i64", "pieces": "*i64", "parts": "*i64"}
         for kernel, more, constants in (
-            (gpu._shrink, {"limits": f"*{name}", "num_layers": "i32"}, {"dtype": dtype, **tile}),
+            (gpu._shrink, {"limits": f"*{name}", "num_layers": "i32"}, {"dtype": dtype, "shapes": shapes, "any_rows": gpu.ANY[0], "any_columns": gpu.ANY[1]}),
             (gpu._clear, {"for_good": "i32"}, {"dtype": dtype, "num_looked_at": gpu.NEURONS, "num_columns": gpu.ENTRIES}),
         ):
             types = {**tables, **more, **dict.fromkeys(constants, "constexpr")}

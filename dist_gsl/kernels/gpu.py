@@ -8,6 +8,7 @@ for whoever asks. Imported only where it is used; imports torch and triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -15,17 +16,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_gsl.kernels.layout import Layout, Rows
+from dist_gsl.kernels.layout import Layout, Part, Rows
 
+SHAPES: Final = ((1, 1024), (2, 512), (4, 256), (16, 64), (64, 16))
+"""Tiles, (neurons, float32 entries of each); half as many entries of float64."""
+PIECES: Final = 5
+"""Tiles that a program reads at once, into registers: runs are cut into pieces of a tile's width. A filter of 3 x 3 over 2^n channels is four and
+a half, with another tile for each n."""
+ANY: Final = (16, 64)
+"""Neurons, and entries at a time of each, of layers whose parts are not all runs."""
+WARPS: Final = 4
+"""Of a program."""
 ENTRIES: Final = 1024
-"""Of a tile, which is a program's work at a time."""
-SHAPES: Final = ((1, 1024), (16, 64), (128, 8))
-"""Tiles, (neurons, entries of each): for long rows, short ones, and very short ones."""
+"""That are cleared at a time."""
 NEURONS: Final = 32
 """That a program looks at for deaths."""
+SINGLES: Final = 3
+"""Parts of one entry a neuron (a bias, BatchNorm's scale and shift) that are read together with the filter."""
 _PART = tl.constexpr(7)
-_LAYER = tl.constexpr(9)
-"""Columns of the tables of parts and of layers."""
+_PIECE = tl.constexpr(3)
+_LAYER = tl.constexpr(27)
+_CLEARED = tl.constexpr(8)
+"""Columns of the tables of parts, of pieces, of layers to shrink, and of layers to clear."""
 
 
 @triton.jit
@@ -60,67 +72,153 @@ def _ratio(x, y, dtype: tl.constexpr):
 
 
 @triton.jit
-def _shrink_tile(
-    layer, first, layers, parts, limits, num_layers, dtype: tl.constexpr, num_rows: tl.constexpr, num_columns: tl.constexpr
-):
-    its = layers + _LAYER * layer
-    begin, end, num_neurons = tl.load(its).to(tl.int32), tl.load(its + 1).to(tl.int32), tl.load(its + 2).to(tl.int32)
-    factors, norms = tl.load(its + 3).to(tl.pointer_type(dtype)), tl.load(its + 4).to(tl.pointer_type(dtype))
-    survivors = tl.load(its + 5).to(tl.pointer_type(tl.int32))
-    cut, threshold = tl.load(limits + layer), tl.load(limits + num_layers + layer)
+def _soft_threshold(x, cut):
+    return x - tl.minimum(tl.maximum(x, -cut, propagate_nan=tl.PropagateNan.ALL), cut, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _piece(row, first, local, exists, columns, aligned: tl.constexpr, dtype: tl.constexpr):
+    """Addresses (R, C), and where there are any, of the entries that neurons have in a piece of a run. aligned: four are read at a time."""
+    data, stride, size = tl.load(row).to(tl.pointer_type(dtype)), tl.load(row + 1), tl.load(row + 2).to(tl.int32)
+    if aligned:
+        data, stride, size = tl.multiple_of(data, 16), tl.multiple_of(stride, 4), tl.multiple_of(size, 4)
+    where = data + first.to(tl.int64) * stride + (local * stride.to(tl.int32))[:, None] + columns[None, :]
+    return where, exists[:, None] & (columns < size)[None, :]
+
+
+@triton.jit
+def _single(row, first, local, exists, dtype: tl.constexpr):
+    """Addresses (R,) of the one entry that each neuron has in a part, and where there are any."""
+    data, stride = tl.load(row), tl.load(row + 1)
+    return data.to(tl.pointer_type(dtype)) + first.to(tl.int64) * stride + local * stride.to(tl.int32), exists & (data != 0)
+
+
+@triton.jit
+def _factors(its, neurons, exists, squares, cut_squares, threshold, dtype: tl.constexpr):
+    """What neurons (R,) are multiplied with; that and their norms are kept for `_clear`."""
+    factors, norms = tl.load(its + 4).to(tl.pointer_type(dtype)), tl.load(its + 5).to(tl.pointer_type(dtype))
+    norm = _sqrt(cut_squares, dtype)
+    factor = tl.where(norm <= threshold, 0.0, _ratio(norm - threshold, tl.where(norm > 0, norm, 1.0), dtype))  # NaN stays NaN
+    tl.store(factors + neurons, factor, mask=exists)
+    tl.store(norms + neurons, _sqrt(squares, dtype), mask=exists)
+    return factor
+
+
+@triton.jit
+def _shrink_runs(its, first, pieces, cut, threshold, dtype: tl.constexpr, num_rows: tl.constexpr, num_columns: tl.constexpr, aligned: tl.constexpr):
+    """Of neurons whose parts are runs and single entries."""
+    begin, singles, end = tl.load(its).to(tl.int32), tl.load(its + 1).to(tl.int32), tl.load(its + 2).to(tl.int32)
+    local, columns = tl.arange(0, num_rows), tl.arange(0, num_columns)
+    neurons = first + local
+    exists = neurons < tl.load(its + 3).to(tl.int32)
+    # Five pieces and three single entries are read once, into registers, all at the same time.
+    where_0, valid_0 = _piece(its + 6, first, local, exists, columns, aligned, dtype)
+    where_1, valid_1 = _piece(its + 9, first, local, exists, columns, aligned, dtype)
+    where_2, valid_2 = _piece(its + 12, first, local, exists, columns, aligned, dtype)
+    where_3, valid_3 = _piece(its + 15, first, local, exists, columns, aligned, dtype)
+    where_4, valid_4 = _piece(its + 18, first, local, exists, columns, aligned, dtype)
+    where_a, valid_a = _single(its + 21, first, local, exists, dtype)
+    where_b, valid_b = _single(its + 23, first, local, exists, dtype)
+    where_c, valid_c = _single(its + 25, first, local, exists, dtype)
+    x_0 = tl.load(where_0, mask=valid_0, other=0.0)
+    x_1 = tl.load(where_1, mask=valid_1, other=0.0)
+    x_2 = tl.load(where_2, mask=valid_2, other=0.0)
+    x_3 = tl.load(where_3, mask=valid_3, other=0.0)
+    x_4 = tl.load(where_4, mask=valid_4, other=0.0)
+    a = tl.load(where_a, mask=valid_a, other=0.0)
+    b = tl.load(where_b, mask=valid_b, other=0.0)
+    c = tl.load(where_c, mask=valid_c, other=0.0)
+    squares = x_0 * x_0 + x_1 * x_1 + x_2 * x_2 + x_3 * x_3 + x_4 * x_4
+    single_squares = a * a + b * b + c * c
+    x_0, x_1, x_2 = _soft_threshold(x_0, cut), _soft_threshold(x_1, cut), _soft_threshold(x_2, cut)
+    x_3, x_4 = _soft_threshold(x_3, cut), _soft_threshold(x_4, cut)
+    a, b, c = _soft_threshold(a, cut), _soft_threshold(b, cut), _soft_threshold(c, cut)
+    cut_squares = x_0 * x_0 + x_1 * x_1 + x_2 * x_2 + x_3 * x_3 + x_4 * x_4
+    single_cut_squares = a * a + b * b + c * c
+    for piece in range(begin, singles):
+        where, valid = _piece(pieces + _PIECE * piece, first, local, exists, columns, aligned, dtype)
+        y = tl.load(where, mask=valid, other=0.0)
+        squares += y * y
+        y = _soft_threshold(y, cut)
+        cut_squares += y * y
+    for piece in range(singles, end):
+        where, valid = _single(pieces + _PIECE * piece, first, local, exists, dtype)
+        d = tl.load(where, mask=valid, other=0.0)
+        single_squares += d * d
+        d = _soft_threshold(d, cut)
+        single_cut_squares += d * d
+    all_squares, all_cut_squares = tl.sum(squares, axis=1) + single_squares, tl.sum(cut_squares, axis=1) + single_cut_squares
+    factor = _factors(its, neurons, exists, all_squares, all_cut_squares, threshold, dtype)
+    lives = exists & (factor != 0.0)
+    tl.store(where_0, x_0 * factor[:, None], mask=valid_0 & lives[:, None])
+    tl.store(where_1, x_1 * factor[:, None], mask=valid_1 & lives[:, None])
+    tl.store(where_2, x_2 * factor[:, None], mask=valid_2 & lives[:, None])
+    tl.store(where_3, x_3 * factor[:, None], mask=valid_3 & lives[:, None])
+    tl.store(where_4, x_4 * factor[:, None], mask=valid_4 & lives[:, None])
+    tl.store(where_a, a * factor, mask=valid_a & lives)
+    tl.store(where_b, b * factor, mask=valid_b & lives)
+    tl.store(where_c, c * factor, mask=valid_c & lives)
+    for piece in range(begin, singles):  # what was just read is in the cache
+        where, valid = _piece(pieces + _PIECE * piece, first, local, lives, columns, aligned, dtype)
+        tl.store(where, _soft_threshold(tl.load(where, mask=valid, other=0.0), cut) * factor[:, None], mask=valid)
+    for piece in range(singles, end):
+        where, valid = _single(pieces + _PIECE * piece, first, local, lives, dtype)
+        tl.store(where, _soft_threshold(tl.load(where, mask=valid, other=0.0), cut) * factor, mask=valid)
+
+
+@triton.jit
+def _shrink_any(its, first, parts, cut, threshold, dtype: tl.constexpr, num_rows: tl.constexpr, num_columns: tl.constexpr):
+    """Of neurons with parts of any kind."""
+    begin, end = tl.load(its).to(tl.int32), tl.load(its + 2).to(tl.int32)
     neurons = first + tl.arange(0, num_rows)
-    exists = neurons < num_neurons
-    cut_squares = tl.zeros([num_rows], dtype)
-    squares = tl.zeros([num_rows], dtype)
+    exists = neurons < tl.load(its + 3).to(tl.int32)
+    squares, cut_squares = tl.zeros([num_rows], dtype), tl.zeros([num_rows], dtype)
     for part in range(begin, end):
         size = _size(parts + _PART * part)
         for start in range(0, size, num_columns):
             entries = start + tl.arange(0, num_columns)
             valid = exists[:, None] & (entries < size)[None, :]
             x = tl.load(_pointers(parts + _PART * part, neurons, entries, valid, dtype), mask=valid, other=0.0)
-            s = x - tl.minimum(tl.maximum(x, -cut, propagate_nan=tl.PropagateNan.ALL), cut, propagate_nan=tl.PropagateNan.ALL)
-            cut_squares += tl.sum(s * s, axis=1)
             squares += tl.sum(x * x, axis=1)
-    norm = _sqrt(cut_squares, dtype)
-    factor = tl.where(norm <= threshold, 0.0, _ratio(norm - threshold, tl.where(norm > 0, norm, 1.0), dtype))  # NaN stays NaN
-    tl.store(factors + neurons, factor, mask=exists)
-    tl.store(norms + neurons, _sqrt(squares, dtype), mask=exists)
+            x = _soft_threshold(x, cut)
+            cut_squares += tl.sum(x * x, axis=1)
+    factor = _factors(its, neurons, exists, squares, cut_squares, threshold, dtype)
     lives = exists & (factor != 0.0)
-    tl.atomic_add(survivors, tl.sum(lives.to(tl.int32), axis=0))
-    for part in range(begin, end):  # what was just read is in the cache
+    for part in range(begin, end):
         size = _size(parts + _PART * part)
         for start in range(0, size, num_columns):
             entries = start + tl.arange(0, num_columns)
             valid = lives[:, None] & (entries < size)[None, :]
             where = _pointers(parts + _PART * part, neurons, entries, valid, dtype)
             x = tl.load(where, mask=valid, other=0.0)
-            s = x - tl.minimum(tl.maximum(x, -cut, propagate_nan=tl.PropagateNan.ALL), cut, propagate_nan=tl.PropagateNan.ALL)
-            tl.store(where, s * factor[:, None], mask=valid)
+            tl.store(where, _soft_threshold(x, cut) * factor[:, None], mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layers"])  # or another number of layers would be compiled for anew
 def _shrink(
-    programs, layers, parts, limits, num_layers, dtype: tl.constexpr,
-    r0: tl.constexpr, c0: tl.constexpr, r1: tl.constexpr, c1: tl.constexpr, r2: tl.constexpr, c2: tl.constexpr,
-):  # fmt: skip
+    programs, layers, pieces, parts, limits, num_layers, dtype: tl.constexpr, shapes: tl.constexpr, any_rows: tl.constexpr, any_columns: tl.constexpr
+):
     mine = programs + 3 * tl.program_id(0)
-    layer, first, shape = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
-    if shape == 0:
-        _shrink_tile(layer, first, layers, parts, limits, num_layers, dtype, r0, c0)
-    elif shape == 1:
-        _shrink_tile(layer, first, layers, parts, limits, num_layers, dtype, r1, c1)
-    else:
-        _shrink_tile(layer, first, layers, parts, limits, num_layers, dtype, r2, c2)
+    layer, first, kind = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
+    its = layers + _LAYER * layer
+    cut, threshold = tl.load(limits + layer), tl.load(limits + num_layers + layer)
+    for number in tl.static_range(len(shapes)):
+        if kind == 2 * number:
+            _shrink_runs(its, first, pieces, cut, threshold, dtype, shapes[number][0], shapes[number][1], False)
+        elif kind == 2 * number + 1:
+            _shrink_runs(its, first, pieces, cut, threshold, dtype, shapes[number][0], shapes[number][1], True)
+    if kind == 2 * len(shapes):
+        _shrink_any(its, first, parts, cut, threshold, dtype, any_rows, any_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["for_good"])
 def _clear(programs, layers, parts, for_good, dtype: tl.constexpr, num_looked_at: tl.constexpr, num_columns: tl.constexpr):
     mine = programs + 2 * tl.program_id(0)
     layer, first = tl.load(mine), tl.load(mine + 1)
-    its = layers + _LAYER * layer
+    its = layers + _CLEARED * layer
     begin, end, num_neurons = tl.load(its).to(tl.int32), tl.load(its + 1).to(tl.int32), tl.load(its + 2).to(tl.int32)
     factors, norms = tl.load(its + 3).to(tl.pointer_type(dtype)), tl.load(its + 4).to(tl.pointer_type(dtype))
-    alive = tl.load(its + 6).to(tl.pointer_type(tl.uint8))
+    alive = tl.load(its + 5).to(tl.pointer_type(tl.uint8))
     neurons = first + tl.arange(0, num_looked_at)
     exists = neurons < num_neurons
     factor = tl.load(factors + neurons, mask=exists, other=1.0)
@@ -135,7 +233,10 @@ def _clear(programs, layers, parts, for_good, dtype: tl.constexpr, num_looked_at
     moved = (exists & (was_alive == 0) & (tl.load(norms + neurons, mask=exists, other=0.0) != 0.0)).to(tl.int32)
     moved = moved * for_good
     if tl.sum(dying + moved, axis=0) > 0:
-        missing = tl.load(its + 8).to(tl.int32) - tl.load(tl.load(its + 5).to(tl.pointer_type(tl.int32)))
+        missing = tl.load(its + 7).to(tl.int32)
+        for start in range(0, num_neurons, num_columns):
+            others = start + tl.arange(0, num_columns)
+            missing -= tl.sum((tl.load(factors + others, mask=others < num_neurons, other=0.0) != 0.0).to(tl.int32), axis=0)
         for k in range(num_looked_at):
             here = tl.arange(0, num_looked_at) == k
             is_dying = tl.sum(tl.where(here, dying, 0), axis=0) > 0
@@ -154,7 +255,7 @@ def _clear(programs, layers, parts, for_good, dtype: tl.constexpr, num_looked_at
                         rank += tl.sum(stronger.to(tl.int32), axis=0)
                     kept = ((rank < missing) & (norm > 0.0)).to(tl.int32)
                 if kept != 0:
-                    tl.store(tl.load(its + 7).to(tl.pointer_type(tl.int32)), 1)
+                    tl.store(tl.load(its + 6).to(tl.pointer_type(tl.int32)), 1)
                 else:
                     row = tl.zeros([1], tl.int32) + neuron
                     for part in range(begin, end):
@@ -182,25 +283,79 @@ class Shrink:
         self.sizes = [layout.num_neurons for layout in layouts]
         both = torch.empty(2, sum(self.sizes), dtype=self.dtype, device=self.device)
         self.factors, self.norms = (list(flat.split(self.sizes)) for flat in both)
-        self.survivors = torch.zeros(len(layouts), dtype=torch.int32, device=self.device)
-        """Neurons of each layer whose factor is not 0."""
-        shapes = [_shape(layout) for layout in layouts]
-        starts = [(layer, n, shape) for layer, shape in enumerate(shapes) for n in range(0, self.sizes[layer], SHAPES[shape][0])]
-        self._programs = torch.tensor(starts, dtype=torch.int32).to(self.device)
-        rows = [
-            (size, factors.data_ptr(), norms.data_ptr(), survivors.data_ptr(), 0, 0, 0)
-            for size, factors, norms, survivors in zip(self.sizes, self.factors, self.norms, self.survivors, strict=True)
-        ]
-        self._layers, self._parts = _tables(rows, [[layout] for layout in layouts], self.device)
+        layers: list[tuple[int, ...]] = []
+        pieces: list[tuple[int, int, int]] = []
+        parts: list[Part] = []
+        programs: list[Tensor] = []
+        for layout, size, factors, norms in zip(layouts, self.sizes, self.factors, self.norms, strict=True):
+            its = _Reading.of(layout, self.dtype)
+            addresses = factors.data_ptr(), norms.data_ptr()
+            if its.parts:
+                layers.append((len(parts), 0, len(parts) + len(its.parts), size, *addresses, *[0] * (3 * PIECES + 2 * SINGLES)))
+                parts += its.parts
+            else:
+                begin, singles = len(pieces), len(pieces) + len(its.pieces[PIECES:])
+                at_once = [number for piece in its.pieces[:PIECES] for number in piece]
+                singles_at_once = [number for single in its.singles[:SINGLES] for number in single[:2]]
+                pieces += [*its.pieces[PIECES:], *its.singles[SINGLES:]]
+                layers.append((
+                    begin, singles, len(pieces), size, *addresses, *at_once, *[0] * (3 * PIECES - len(at_once)),
+                    *singles_at_once, *[0] * (2 * SINGLES - len(singles_at_once)),
+                ))  # fmt: skip
+            starts = torch.arange(0, size, its.num_rows)
+            programs.append(torch.stack([torch.full_like(starts, len(layers) - 1), starts, torch.full_like(starts, its.kind)], dim=1))
+        self._programs = torch.cat(programs).to(torch.int32).to(self.device)
+        self._layers = torch.tensor(layers).to(self.device)
+        self._pieces = torch.tensor(pieces, dtype=torch.int64).to(self.device)
+        self._parts = _table_of(parts).to(self.device)
+        self._limits = torch.empty(2 * len(layouts), dtype=self.dtype, device=self.device)
+        self._known: tuple[float, ...] = ()
+        """Limits that the device has."""
 
     def __call__(self, *, cuts: Sequence[float], thresholds: Sequence[float]) -> None:
-        limits = torch.tensor([*cuts, *thresholds], dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        self.survivors.zero_()
+        limits = (*cuts, *thresholds)
+        if limits != self._known:
+            self._limits.copy_(torch.tensor(limits, dtype=self.dtype, pin_memory=self.device.type == "cuda"), non_blocking=True)
+            self._known = limits
         with _on(self.device):
             _shrink[len(self._programs),](
-                self._programs, self._layers, self._parts, limits.to(self.device, non_blocking=True), len(self.layouts), _TYPES[self.dtype],
-                *SHAPES[0], *SHAPES[1], *SHAPES[2],
+                self._programs, self._layers, self._pieces, self._parts, self._limits, len(self.layouts), _TYPES[self.dtype], shapes_of(self.dtype), *ANY,
+                num_warps=WARPS,
             )  # fmt: skip
+
+
+def shapes_of(dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """Tiles of this type's entries."""
+    return tuple((num_rows, num_columns * 4 // dtype.itemsize) for num_rows, num_columns in SHAPES)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a program reads the neurons of a layer: by `pieces` of a tile's width and `singles`, (address, stride, entries), or by `parts` of any kind."""
+
+    kind: int
+    """Of program: its tile's number, times two, and one more where it is aligned; the last one takes parts of any kind."""
+    num_rows: int
+    """Neurons of a program."""
+    pieces: list[tuple[int, int, int]]
+    singles: list[tuple[int, int, int]]
+    parts: list[Part]
+
+    @classmethod
+    def of(cls, layout: Layout, dtype: torch.dtype) -> _Reading:
+        assert layout.parts is not None
+        parts, shapes = list(layout.parts), shapes_of(dtype)
+        if not all(part.index is None and part.positions == part.blocks == 1 for part in parts):
+            return cls(2 * len(shapes), ANY[0], [], [], parts)
+        runs = [part for part in parts if part.run > 1]
+        fitting = [number for number, (_, width) in enumerate(shapes) if sum(-(-part.run // width) for part in runs) <= PIECES]
+        number = fitting[-1] if fitting else 0
+        num_rows, width = shapes[number]
+        pieces = [
+            (part.data + start * dtype.itemsize, part.stride, min(width, part.run - start)) for part in runs for start in range(0, part.run, width)
+        ]
+        is_aligned = all(part.data % 16 == part.stride % 4 == part.run % 4 == 0 for part in runs)
+        return cls(2 * number + is_aligned, num_rows, pieces, [(part.data, part.stride, 1) for part in parts if part.run == 1], [])
 
 
 class Clear:
@@ -224,15 +379,16 @@ class Clear:
         self._forced = torch.zeros(len(layers), dtype=torch.int32, device=self._device)
         looks = [(layer, n) for layer, (shrink, number) in enumerate(layers) for n in range(0, shrink.sizes[number], NEURONS)]
         self._looks = torch.tensor(looks, dtype=torch.int32).to(self._device)
-        rows = [
-            (
-                shrink.sizes[number], shrink.factors[number].data_ptr(), shrink.norms[number].data_ptr(), shrink.survivors[number].data_ptr(),
-                its.data_ptr(), forced.data_ptr(), least,
-            )
-            for (shrink, number), its, forced, least in zip(layers, alive, self._forced, min_alive, strict=True)
-        ]  # fmt: skip
-        layouts = [[shrink.layouts[number], *more] for (shrink, number), more in zip(layers, self.also, strict=True)]
-        self._layers, self._parts = _tables(rows, layouts, self._device)
+        rows: list[tuple[int, ...]] = []
+        parts: list[Part] = []
+        for (shrink, number), more, its, forced, least in zip(layers, self.also, alive, self._forced, min_alive, strict=True):
+            begin = len(parts)
+            parts += [part for layout in (shrink.layouts[number], *more) for part in layout.parts or ()]
+            rows.append((
+                begin, len(parts), shrink.sizes[number], shrink.factors[number].data_ptr(), shrink.norms[number].data_ptr(), its.data_ptr(),
+                forced.data_ptr(), least,
+            ))  # fmt: skip
+        self._layers, self._parts = torch.tensor(rows).to(self._device), _table_of(parts).to(self._device)
 
     def __call__(self) -> None:
         with _on(self._device):
@@ -246,18 +402,10 @@ class Clear:
         return list(zip(masks, self._forced.cpu().bool().tolist(), strict=True))
 
 
-def _tables(rows: Sequence[tuple[int, ...]], layouts: Sequence[Sequence[Layout]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """int64 on the device: of each layer (first part, last and one, neurons, and by address factors, norms, survivors, who is alive, whether
-    some were kept by force, then how many are to stay), and of each part of all its layouts (data, index, positions, stride, blocks, block_stride, run)."""
-    layers: list[tuple[int, ...]] = []
-    parts: list[tuple[int, ...]] = []
-    for row, its in zip(rows, layouts, strict=True):
-        begin = len(parts)
-        for layout in its:
-            assert layout.parts is not None
-            parts += [tuple(getattr(part, name) or 0 for name, *_ in part._fields_) for part in layout.parts]
-        layers.append((begin, len(parts), *row))
-    return torch.tensor(layers).to(device), torch.tensor(parts).to(device)
+def _table_of(parts: Sequence[Part]) -> Tensor:
+    """int64: a row of each part."""
+    rows = [tuple(getattr(part, name) or 0 for name, *_ in part._fields_) for part in parts]
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), len(Part._fields_))
 
 
 def works(device: torch.device) -> None:
@@ -268,13 +416,6 @@ def works(device: torch.device) -> None:
     Clear([shrink], also=[[]], min_alive=[0], alive=[torch.ones(1, dtype=torch.uint8, device=device)], for_good=True)()
     if float(weight) != 0:
         raise RuntimeError(f"a neuron that is to be 0 is {float(weight)}")
-
-
-def _shape(layout: Layout) -> int:
-    """The tile that wastes least on a layer's longest part."""
-    assert layout.parts is not None
-    longest = max(part.entries for part in layout.parts)
-    return 0 if longest > 256 else 1 if longest > 8 else 2
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -42,33 +43,35 @@ class Layout:
 
     def __init__(self, rows: Sequence[Rows], num_neurons: int) -> None:
         self.num_neurons = num_neurons
-        self._rows = list(rows)
-        self._where = [_where(each.tensor) for each in rows]
+        self._tensors = [each.tensor for each in rows]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self.dtype, self.device = rows[0].tensor.dtype, rows[0].tensor.device
         self.indices = [None if each.is_block else each.index.contiguous().to(self.device) for each in rows]
         self.parts: ctypes.Array[Part] | None = None
         """Hold only as long as `is_current`."""
         if self.dtype in (torch.float32, torch.float64) and all((r.tensor.dtype, r.tensor.device) == (self.dtype, self.device) for r in rows):
-            found = [_part(each, index) for each, index in zip(rows, self.indices, strict=True)]
-            parts = [part for part in found if part is not None]
-            if len(parts) == len(found):
+            found = [_parts(each, index) for each, index in zip(rows, self.indices, strict=True)]
+            parts = [part for its in found for part in its]
+            if all(found):
                 self.parts = (Part * len(parts))(*parts)
         self.entries = 0 if self.parts is None else sum(part.entries for part in self.parts)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [each.tensor for each in self._rows]
+        return self._tensors
 
     def is_current(self) -> bool:
-        """Whether all tensors are where they were."""
-        return all(_where(each.tensor) == where for each, where in zip(self._rows, self._where, strict=True))
+        """Whether all tensors are where they were: asked in every step, and so by their addresses alone. What has another type or another
+        order in memory was made anew while the old was there."""
+        return [tensor.data_ptr() for tensor in self._tensors] == self._addresses
 
 
-def _where(tensor: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.dtype, tensor.stride()
+FEW: Final = 4
+"""Positions of a neuron that are better described one by one, as the query's and the key's of attention are."""
 
 
-def _part(rows: Rows, index: Tensor | None) -> Part | None:
+def _parts(rows: Rows, index: Tensor | None) -> list[Part]:
+    """None where it takes more to describe them."""
     front = rows.tensor.detach().movedim(rows.dim, 0)
     num_neurons, positions = rows.index.shape
     if index is None:
@@ -76,9 +79,23 @@ def _part(rows: Rows, index: Tensor | None) -> Part | None:
         block = front.narrow(0, first, num_neurons * positions)
         block = block if positions == 1 else block.unflatten(0, (num_neurons, positions))
         runs = _runs(block)
-        return None if runs is None else Part(block.data_ptr(), None, 1, block.stride(0), *runs)
+        return [] if runs is None else [Part(block.data_ptr(), None, 1, block.stride(0), *runs)]
     runs = _runs(front)
-    return None if runs is None else Part(front.data_ptr(), index.data_ptr(), positions, front.stride(0), *runs)
+    if runs is None:
+        return []
+    step = _step(rows.index)
+    if step is None or positions > FEW:
+        return [Part(front.data_ptr(), index.data_ptr(), positions, front.stride(0), *runs)]
+    return [Part(front[first].data_ptr(), None, 1, step * front.stride(0), *runs) for first in rows.index[0].tolist()]
+
+
+def _step(index: Tensor) -> int | None:
+    """From each neuron to the next, in all of their positions; None where it is not one and the same, or leads back."""
+    if len(index) < 2:
+        return 1
+    steps = index.diff(dim=0)
+    step = int(steps[0, 0])
+    return step if step > 0 and bool((steps == step).all()) else None
 
 
 def _runs(rows: Tensor) -> tuple[int, int, int] | None:

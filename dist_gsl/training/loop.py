@@ -199,7 +199,7 @@ def _forward_and_backward(state: RunState, config: TrainConfig, images: Tensor, 
             [
                 loss.detach().double(),
                 _correct(outputs, theirs, 1),
-                torch.tensor(float(len(theirs)), dtype=torch.float64, device=loss.device),
+                torch.full((), len(theirs), dtype=torch.float64, device=loss.device),  # a number that is copied makes the host wait for the device
             ]
         )
     return totals
@@ -234,7 +234,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], config: TrainConfig, *, devi
             if config.loss == "square"
             else F.cross_entropy(outputs, targets, reduction="sum")
         )
-        count = torch.tensor(float(len(targets)), dtype=torch.float64, device=device)
+        count = torch.full((), len(targets), dtype=torch.float64, device=device)
         totals += torch.stack([loss.double(), _correct(outputs, targets, 1), _correct(outputs, targets, 5), count])
     model.train(was_training)
     if dist.is_initialized():

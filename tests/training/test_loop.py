@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dist_gsl.training import checkpoint, loop
 from dist_gsl.training.state import RunState, build
+from tests.device import DEVICE, waits_are_errors
 from tests.training.trainings import NETWORK, PENALTY, TRAIN, TensorBatches, equal, equal_tensors, trained
 
 
@@ -38,7 +38,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, batch_norm: bool, ema: flo
         train=config,
         penalty=PENALTY,
         steps_per_epoch=len(data),
-        device=torch.device("cpu"),
+        device=DEVICE,
     )
 
     def stop(state: RunState, record: dict) -> None:
@@ -110,9 +110,22 @@ def test_init_takes_parameters_of_the_same_network_only(tmp_path: Path) -> None:
     def start(network: dict) -> RunState:
         return build(
             network, image_shape=(1, 32, 32), train=replace(TRAIN, init=str(file)), penalty=PENALTY.without(),
-            steps_per_epoch=len(data), device=torch.device("cpu"),
+            steps_per_epoch=len(data), device=DEVICE,
         )  # fmt: skip
 
     assert equal(first, start(NETWORK))
     with pytest.raises(ValueError, match="does not fit"):
         start({**NETWORK, "width": 1 / 8})
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"autocast": True}, {"accumulate": 2}, {"channels_last": True}], ids=str)
+def test_on_a_gpu_the_host_waits_for_no_step(options: dict) -> None:
+    config, data = replace(TRAIN, **options), TensorBatches()
+    state = build(NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(data), device=DEVICE)
+    batches = list(data)
+    for batch in batches[:2]:  # DDP makes its buckets, kernels are compiled
+        loop.train_step(state, config, batch)
+    with waits_are_errors():
+        for batch in batches[2:]:
+            loop.train_step(state, config, batch)

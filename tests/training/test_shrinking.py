@@ -14,6 +14,7 @@ import dist_gsl
 from dist_gsl.training import checkpoint, loop, session
 from dist_gsl.training.shrinking import Rule, removable_percent
 from dist_gsl.training.state import RunState, build, build_whole
+from tests.device import DEVICE
 from tests.training.trainings import NETWORK, PENALTY, TRAIN, Course, TensorBatches, equal, trained
 
 
@@ -121,7 +122,7 @@ def test_resumed_after_removals_equals_uninterrupted(tmp_path: Path) -> None:
 
     data = TensorBatches()
     part = build(
-        NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(data), device=torch.device("cpu")
+        NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(data), device=DEVICE
     )  # fmt: skip
     with pytest.raises(InterruptedError):
         loop.train(part, config=config, penalty=PENALTY, training_data=data, validation_data=TensorBatches(), on_epoch=stop)
@@ -144,7 +145,7 @@ def test_init_from_a_smaller_network_has_zeros(tmp_path: Path) -> None:
     file = checkpoint.save(small.state_dict(), tmp_path / "kept")
     started = build(
         NETWORK, image_shape=(1, 32, 32), train=replace(TRAIN, init=str(file)), penalty=PENALTY, steps_per_epoch=6,
-        device=torch.device("cpu"),
+        device=DEVICE,
     )  # fmt: skip
     assert small.num_parameters < whole.num_parameters
     assert equal(started, whole, tolerance=1e-5)

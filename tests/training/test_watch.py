@@ -16,6 +16,7 @@ from dist_gsl.training.checkpoint import Checkpoints, snapshot
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.state import Position, RunState, build
 from dist_gsl.training.watch import DivergedError, Outside, Request, StoppedError, Watch
+from tests.device import DEVICE
 from tests.distributed.killed import config as digits_config
 from tests.training.trainings import NETWORK, PENALTY, TRAIN, TensorBatches, equal, trained
 
@@ -31,7 +32,7 @@ class Kept:
         self.error: Exception | None = None
         batches = TensorBatches()
         self.run: RunState = build(
-            NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(batches), device=torch.device("cpu")
+            NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(batches), device=DEVICE
         )
         try:
             loop.train(

@@ -14,6 +14,7 @@ from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule
 from dist_gsl.training import loop
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.state import RunState, build
+from tests.device import DEVICE
 
 NETWORK: dict[str, Any] = {"name": "dec3", "num_classes": 5, "width": 1 / 16, "batch_norm": False}
 TRAIN = TrainConfig(epochs=4, batch_size=8, learning_rate=0.02, schedule="cosine", warmup_epochs=0.5, channels_last=False)
@@ -51,7 +52,7 @@ class TensorBatches:
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch))
         for rows in itertools.islice(order.split(self.batch_size), self.start, None):
-            yield Batch(self.images[rows], self.targets[rows])
+            yield Batch(self.images[rows].to(DEVICE), self.targets[rows].to(DEVICE))
 
 
 def trained(
@@ -64,7 +65,7 @@ def trained(
     data = TensorBatches(regression=config.loss == "square")
     run_state = build(
         network or NETWORK, image_shape=(1, 32, 32), train=config, penalty=penalty, steps_per_epoch=len(data),
-        device=torch.device("cpu"), state=state,
+        device=DEVICE, state=state,
     )  # fmt: skip
     records: list[dict] = []
     loop.train(
@@ -96,7 +97,7 @@ class Course:
         data = TensorBatches(num_steps=num_steps, batch_size=batch_size, size=size, channels=network.get("in_channels", 1), seed=seed)
         self.state = build(
             network, image_shape=data.image_shape, train=config, penalty=penalty, steps_per_epoch=num_steps,
-            device=torch.device("cpu"),
+            device=DEVICE,
         )  # fmt: skip
         self.losses: list[float] = []
         self.sizes: list[int] = []
