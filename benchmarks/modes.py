@@ -1,6 +1,6 @@
 """A training step in other ways than float32, contiguous, as it comes: channels_last, bfloat16 autocast, torch.compile, and together.
 
-    python benchmarks/modes.py [--networks dec3 resnet18] [--device cuda] [--threads 1] [--pairs 30]
+    python benchmarks/modes.py [--networks dec3 resnet18] [--device cuda] [--threads 1] [--batch 64] [--pairs 30]
 
 One process: forward, backward, and the step of `ProximalSGD` by hand, each way on its own copy of the network, in interleaved pairs with the
 plain one (`pairs.py`). Autocast leaves parameters, gradients and the proximal step in float32; the loss is taken of float32 outputs, and
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), help="words of: " + ", ".join(WAYS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, help="a network's own if not given")
     parser.add_argument("--pairs", type=int, default=AT_LEAST)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -65,6 +66,7 @@ def main() -> None:
     for name in options.networks:
         arguments, shape, classes = NETWORKS[name]
         torch.manual_seed(0)
+        shape = (options.batch or shape[0], *shape[1:])
         model = create_model(name, num_classes=classes, **arguments).to(device)
         batch = torch.randn(shape).to(device), torch.randint(classes, shape[:1]).to(device)
         for way in options.ways:
@@ -74,7 +76,8 @@ def main() -> None:
                 raise SystemExit(f"modes: {name} by {way} has a loss of {losses[1]:.4f}, plain {losses[0]:.4f}")
             found = compare(other, plain, pairs=options.pairs, synchronize=synchronize)
             print(f"| {name}, {' x '.join(map(str, shape))} | {way} | {found} | {1e3 * found.other_seconds:.1f} |", flush=True)
-    print(f"{options.threads} thread(s), {device}, {options.pairs} pairs, torch {torch.__version__}; command: {' '.join(sys.argv)}")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} thread(s)"
+    print(f"{where}, {options.pairs} pairs, torch {torch.__version__}; command: {' '.join(sys.argv)}")
 
 
 if __name__ == "__main__":
