@@ -1,6 +1,6 @@
 """How cost grows: with parameters, neurons, workers and trials.
 
-    python benchmarks/growth.py parameters FOLDER [--millions 1 5 20 100 500]
+    python benchmarks/growth.py parameters FOLDER [--millions 1 5 20 100 500] [--device cuda]
     python benchmarks/growth.py neurons FOLDER [--neurons 100 1000 10000 100000 1000000]
     python benchmarks/growth.py workers FOLDER [--workers 1 2 4 8]
     python benchmarks/growth.py trials FOLDER [--trials 1 4 16 64]
@@ -47,7 +47,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pairs import AT_LEAST, compare, ratio_of, timed
+from benchmarks.pairs import AT_LEAST, compare, device_seconds, ratio_of, timed
 from benchmarks.step import NETWORKS, step_of
 from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
 from dist_gsl.neurons import Neurons
@@ -69,7 +69,8 @@ def keep(folder: Path, what: str, rows: Sequence[Row]) -> None:
 def machine() -> str:
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     processor = found[1] if found else platform.machine()
-    return f"{CORES} cores of {processor} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{CORES} cores of {processor} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
 
 
 def tell(*cells: Any) -> None:
@@ -109,11 +110,12 @@ class Beside(nn.Module):
 def proximal_step(model: nn.Module, neurons: Neurons, *, alpha: float) -> Callable[[], None]:
     """The proximal part of a step, over all layers."""
     optimizer = ProximalSGD(model.parameters(), neurons, SparseGroupLasso(beta=BETA, alpha=alpha), lr=RATE)
-    optimizer.begin_step()
 
     @torch.no_grad()
     def step() -> None:
+        optimizer.begin_step()
         optimizer.prox_(neurons)
+        optimizer.finish_step()
 
     return step
 
@@ -123,12 +125,13 @@ def rows_of(model: nn.Module, example: Tensor, *, options: argparse.Namespace) -
     neurons = find_neurons(model, example)
     entries = sum(part.numel() for layer in neurons for part in neurons.parts(layer))
     num_neurons = sum(layer.num_neurons for layer in neurons)
-    source = torch.randn(entries)
+    model.to(options.device)
+    source = torch.randn(entries, device=options.device)
     target = torch.empty_like(source)
     rows = []
     for alpha in options.alpha:
         step = proximal_step(model, neurons, alpha=alpha)
-        found = compare(step, lambda: target.copy_(source), pairs=options.pairs, seconds=options.seconds)
+        found = compare(step, lambda: target.copy_(source), pairs=options.pairs, seconds=options.seconds, clock=device_seconds if options.device == "cuda" else None)
         rows.append({
             "alpha": alpha, "entries": entries, "neurons": num_neurons, "layers": len(neurons), "step_ms": 1e3 * found.seconds,
             "copy_ms": 1e3 * found.other_seconds, "ns_per_entry": 1e9 * found.seconds / entries, "ratio": found.ratio, "low": found.low,
@@ -157,7 +160,7 @@ def parameters(options: argparse.Namespace) -> None:
         return chain(1e6 * millions, num_layers=options.layers), torch.randn(2, 3, 8, 8)
 
     step_cost("parameters", sorted(options.millions), make, options=options)
-    print(f"chains of {options.layers} convolutions of 3x3, {options.threads} thread(s), at most {options.pairs} pairs")
+    print(f"chains of {options.layers} convolutions of 3x3, {options.device}, {options.threads} thread(s), at most {options.pairs} pairs")
 
 
 def neurons(options: argparse.Namespace) -> None:
@@ -168,7 +171,7 @@ def neurons(options: argparse.Namespace) -> None:
     if min(options.neurons) < 2 * options.layers:
         raise SystemExit(f"growth: {min(options.neurons)} neurons are too few for {options.layers} layers; lower --layers")
     step_cost("neurons", sorted(options.neurons), make, options=options)
-    print(f"{options.layers} convolutions of 1x1 beside each other, {options.threads} thread(s), at most {options.pairs} pairs")
+    print(f"{options.layers} convolutions of 1x1 beside each other, {options.device}, {options.threads} thread(s), at most {options.pairs} pairs")
 
 
 # --- workers
@@ -427,6 +430,7 @@ def main() -> None:
     of_neurons.add_argument("--layers", type=int, default=10)
     for each in (of_parameters, of_neurons):
         each.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5])
+        each.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         each.add_argument("--threads", type=int, default=1)
         each.add_argument("--pairs", type=int, default=AT_LEAST)
         each.add_argument("--seconds", type=float, default=60.0, help="for the pairs of a row, if five of them do not take longer")

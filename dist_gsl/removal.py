@@ -112,12 +112,13 @@ class Removal:
             return self.tensor(name, tensor.detach()) if name in affected else tensor.detach().clone()
 
         smaller = copied(model, cut)
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
         for prefix, module in smaller.named_modules():
             names = [f"{prefix}.{name}" if prefix else name for store in (module._parameters, module._buffers) for name in store]
             if any(self._first_names.get(name, name) in affected for name in names):
                 set_sizes(module, self._resizers, self._rows_kept(model, prefix, module))
             if prefix in self._drawn:
-                draw_for_whole_(module, *self._drawn[prefix])
+                draw_for_whole_(module, *self._drawn[prefix], device=device)
         return smaller
 
     def _rows_kept(self, model: nn.Module, prefix: str, module: nn.Module) -> Tensor | None:
@@ -294,7 +295,7 @@ EMPTY_BATCH_NORM: dict[type[nn.Module], type[nn.Module]] = {
 # --- dropout that draws for the removed too
 
 
-def draw_for_whole_(module: nn.Module, dim: int, kept: Tensor) -> None:
+def draw_for_whole_(module: nn.Module, dim: int, kept: Tensor, *, device: torch.device | None) -> None:
     """Makes a dropout module whose input lost positions draw as if it had them all still.
 
     kept: bool (positions along `dim` of its input before,).
@@ -305,7 +306,7 @@ def draw_for_whole_(module: nn.Module, dim: int, kept: Tensor) -> None:
         module.__class__ = WHOLE_DROPOUT[type(module)]
         assert isinstance(module, _WholeDropout)
         module.dim, module.starting_size = dim, len(kept)
-        module.register_buffer("positions", torch.arange(len(kept)), persistent=False)
+        module.register_buffer("positions", torch.arange(len(kept), device=device), persistent=False)
     module.positions = module.positions[kept.to(module.positions.device)]
 
 

@@ -11,6 +11,7 @@ BACKEND = "nccl" if DEVICE.type == "cuda" else "gloo"
 
 if DEVICE.type == "cuda":
     torch.backends.cudnn.deterministic = True  # as sums on a CPU are
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @contextmanager

@@ -74,13 +74,13 @@ def test_a_step_allocates_no_more_than_sgd() -> None:
 def collectives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of each all-reduce of the hook."""
     found: list[int] = []
-    all_reduce = dist.all_reduce
+    for module in (hook, dist):  # of gradients, and of all else
 
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
-        return all_reduce(tensor, *args, **kwargs)
+        def counted(tensor: Tensor, *args: Any, all_reduce: Any = module.all_reduce, **kwargs: Any) -> Any:
+            found.append(tensor.numel() * tensor.element_size())
+            return all_reduce(tensor, *args, **kwargs)
 
-    monkeypatch.setattr(hook.dist, "all_reduce", counted)
+        monkeypatch.setattr(module, "all_reduce", counted)
     return found
 
 

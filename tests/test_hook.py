@@ -2,18 +2,26 @@
 
 import copy
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons
-from dist_gsl.hook import InBackward, is_dense
-from tests.training.conftest import process_group  # noqa: F401  (all here is one process's)
+from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons, hook
+from dist_gsl.hook import is_dense
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -72,11 +80,11 @@ def test_a_step_that_was_cut_off_is_forgotten_when_a_state_is_loaded() -> None:
     assert all(torch.equal(tensor, parameters[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("device", [False, True], ids=["cpu", "as on a device"])
-def test_steps_of_several_buckets_are_the_step_by_hand(monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
-    """To the bit, before and after DDP makes its buckets anew. On a CPU no other thread has a part in it."""
-    if device:  # its threads, without its streams
-        monkeypatch.setattr(InBackward, "_reduce_for_end", InBackward._reduce_with_callback)
+@pytest.mark.parametrize("way", ["one by one", "at once", "in callbacks"])
+def test_steps_of_several_buckets_are_the_step_by_hand(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """To the bit, before and after DDP makes its buckets anew: as on a CPU and as on a GPU, where no other thread has a part in it, and as with a
+    static graph."""
+    monkeypatch.setattr(hook, "is_one_by_one", lambda device: way == "one by one")
     threads = set()
     update_ = ProximalSGD.update_
 
@@ -95,13 +103,13 @@ def test_steps_of_several_buckets_are_the_step_by_hand(monkeypatch: pytest.Monke
         ProximalSGD(each.parameters(), find_neurons(each, x), SparseGroupLasso(beta=0.12, alpha=0.3), lr=0.2, momentum=0.9, weight_decay=0.01)
         for each in (model, by_hand)
     ]
-    ddp = DistributedDataParallel(model, bucket_cap_mb=1e-4)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1e-4, static_graph=way == "in callbacks")
     both[0].attach(ddp)
     for number in range(5):
         updates: list[int] = []
         both[0].zero_grad()
         F.cross_entropy(ddp(x), y).backward()
-        assert (len(updates) > 1) is (number > 0)
+        assert (len(updates) > 1) is (number >= {"one by one": 1, "in callbacks": 2, "at once": 5}[way])
         assert sum(updates) == len(list(model.parameters()))
         both[1].zero_grad()
         F.cross_entropy(by_hand(x), y).backward()
@@ -109,7 +117,7 @@ def test_steps_of_several_buckets_are_the_step_by_hand(monkeypatch: pytest.Monke
     assert not all(layer.mask.all() for layer in both[0].neurons)
     for (name, p), q in zip(model.named_parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert device or threads == {threading.get_ident()}
+    assert way == "in callbacks" or threads == {threading.get_ident()}
 
 
 def test_nothing_is_kept_of_the_buckets_of_the_first_backward() -> None:

@@ -46,6 +46,30 @@ class MicroBatch:
     size: int
 
 
+class MovingAverage(AveragedModel):
+    """torch's exponential moving average of parameters and buffers, by its function. torch takes the count of updates to the device in each of
+    them, and the host waits for that."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.average_ = get_ema_multi_avg_fn(decay)
+        super().__init__(model, multi_avg_fn=self.average_, use_buffers=True)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        pairs = zip((*self.module.parameters(), *self.module.buffers()), (*model.parameters(), *model.buffers()), strict=True)
+        for averaged, tensor in pairs:
+            its_averaged, its_tensors = by_type.setdefault(averaged.dtype, ([], []))
+            its_averaged.append(averaged)
+            its_tensors.append(tensor)
+        for its_averaged, its_tensors in by_type.values():
+            if self.n_averaged == 0:
+                torch._foreach_copy_(its_averaged, its_tensors)
+            else:
+                self.average_(its_averaged, its_tensors, self.n_averaged)
+        self.n_averaged += 1
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a network is trained with, whatever its widths."""
@@ -70,11 +94,11 @@ class Setup:
         optimizer.attach(ddp, max_grad_norm=train.max_grad_norm)
         return ddp, optimizer
 
-    def average(self, model: nn.Module, neurons: Neurons, values: Mapping[str, Tensor] | None = None) -> AveragedModel | None:
+    def average(self, model: nn.Module, neurons: Neurons, values: Mapping[str, Tensor] | None = None) -> MovingAverage | None:
         """The moving average of a network's parameters, where one is asked for, from `values` or from the parameters themselves."""
         if self.train.ema is None:
             return None
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.train.ema), use_buffers=True)
+        average = MovingAverage(model, self.train.ema)
         averaged = average.module
         neurons.register_copy(lambda: [{**dict(averaged.named_parameters()), **dict(averaged.named_buffers())}], is_model=True)
         if values is not None:
@@ -99,7 +123,7 @@ class RunState:
     betas: dict[str, float]
     """beta by layer in absolute units, fixed at the start."""
     optimizer: ProximalSGD
-    average: AveragedModel | None
+    average: MovingAverage | None
     """Moving average of the parameters, where one is asked for."""
     position: Position
     history: list[dict[str, Any]]
@@ -227,7 +251,7 @@ def _whole(model: nn.Module, neurons: Neurons, saved: Mapping[str, Any], values:
     cut = removal.keeping(neurons, {name: s["indices"] for name, s in saved.items()})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
-        name: cut.whole(name, values[name], blank=torch.zeros_like(tensor) if name in parameters else tensor)
+        name: cut.whole(name, values[name].to(tensor.device), blank=torch.zeros_like(tensor) if name in parameters else tensor)
         for name, tensor in model.state_dict().items()
     }
 

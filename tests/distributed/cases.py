@@ -11,12 +11,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_gsl import ProximalSGD, SparseGroupLasso, compact, find_neurons
+from dist_gsl import ProximalSGD, SparseGroupLasso, compact, find_neurons, hook
 from dist_gsl.neurons import Neurons
 from dist_gsl.training.shrinking import agree
 from dist_gsl.training.state import build
@@ -93,7 +92,7 @@ def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 @contextlib.contextmanager
 def counted_all_reduces() -> Iterator[mock.Mock]:
-    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as counter:
+    with mock.patch.object(hook, "all_reduce", wraps=hook.all_reduce) as counter:
         yield counter
 
 

@@ -175,7 +175,7 @@ def test_a_run_does_not_end_well_at_a_peak(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_loss_of_a_network_that_has_learned_nothing() -> None:
     state, _ = trained()
     assert state.uninformed_loss == pytest.approx(math.log(NETWORK["num_classes"]))
-    targets = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    targets = torch.tensor([[1.0, 2.0], [3.0, 0.0]], device=DEVICE)
     assert loop._uninformed_loss(state, replace(TRAIN, loss="square"), targets) == pytest.approx((1 + 4 + 9) / 2)
 
 
