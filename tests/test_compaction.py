@@ -1,5 +1,7 @@
 """Removal of dead neurons: the function stays the same, and a removal that would change it is refused."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -9,7 +11,7 @@ from dist_gsl import ProximalSGD, SparseGroupLasso, compact, find_neurons
 from dist_gsl.compaction import check_difference
 from dist_gsl.models import model_names
 from dist_gsl.neurons import Neurons, Slice
-from dist_gsl.removal import set_widths
+from dist_gsl.removal import Removal, set_widths
 from tests.networks import IMAGE, batches, chain, tiny, train_step
 from tests.test_tracing import Tied
 
@@ -234,3 +236,23 @@ def test_widths_make_the_network_that_a_removal_made() -> None:
     x = torch.randn(2, *IMAGE)
     assert torch.equal(small.eval()(x), result.model.eval()(x))
     assert [layer.indices.tolist() for layer in small_neurons] == [layer.indices.tolist() for layer in result.neurons]
+
+
+@pytest.mark.parametrize("name", ["bnet", "dec8", "dec3", "alexnet", "mobilenet_v3_small", "vit"])
+def test_what_is_left_lies_where_the_network_did(name: str) -> None:
+    """On whatever device, whose place "meta" takes here; DDP and NCCL have no use for a tensor of the host."""
+    if name == "vit":
+        model: nn.Module = torchvision.models.VisionTransformer(
+            image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=24, dropout=0.1, num_classes=5
+        )
+        example = torch.randn(2, 3, 32, 32)
+    elif name in ("alexnet", "mobilenet_v3_small"):
+        model, example = getattr(torchvision.models, name)(num_classes=5), torch.randn(2, 3, 64, 64)
+    else:
+        model, example = tiny(name)
+    neurons = find_neurons(model, example)
+    for layer in neurons:
+        layer.mask[0] = layer.num_neurons < 2
+    smaller = Removal(neurons).model(copy.deepcopy(model).to("meta"))
+    assert {tensor.device.type for tensor in (*smaller.parameters(), *smaller.buffers())} == {"meta"}
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
