@@ -307,7 +307,7 @@ def draw_for_whole_(module: nn.Module, dim: int, kept: Tensor, *, device: torch.
         assert isinstance(module, _WholeDropout)
         module.dim, module.starting_size = dim, len(kept)
         module.register_buffer("positions", torch.arange(len(kept), device=device), persistent=False)
-    module.positions = module.positions[kept.to(module.positions.device)]
+    module.positions = module.positions.index_select(0, kept.nonzero().flatten().to(module.positions.device))
 
 
 class _WholeDropout(nn.modules.dropout._DropoutNd):
