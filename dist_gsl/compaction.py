@@ -54,8 +54,8 @@ def compact(
     `example_inputs`, no output differs by more than 1e-9 of the largest one. `RuntimeError` where that fails or an
     output is not finite; `ValueError` where a layer would be left empty. What is given is left as it is.
 
-    multiple_of: keeps so many dead neurons, all zero, that widths are multiples of it, as tensor cores like them (8 for
-    float16); they stay masked, count as dead and never come back.
+    multiple_of: keeps so many dead neurons, all zero, that widths are multiples of it, as tensor cores like them (32 for
+    an H100); they stay masked, count as dead and never come back.
     """
     if multiple_of < 1:
         raise ValueError(f"compact: multiple_of is {multiple_of}, must be 1 or more")

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
     compact.add_argument("run_dir", type=folder_of(storage.local_run), metavar="RUN_DIR", help="a run's folder, or its URI")
     compact.add_argument(
         "--multiple-of", type=int, default=1, metavar="N",
-        help="keep as many dead neurons, all zero, as make every width a multiple of N; tensor cores like 8 (%(default)s)",
+        help="keep as many dead neurons, all zero, as make every width a multiple of N; a GPU may run odd widths slower than the whole network, an H100 wants 32 (%(default)s)",
     )  # fmt: skip
     compact.set_defaults(run=_compact)
     report = commands.add_parser("report", help="the table, report.json and plots of runs")
