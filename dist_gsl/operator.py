@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from dist_gsl.kernels import gpu
 
 
-@dataclass(frozen=True)
-class _Due:
+class _Due(NamedTuple):
     """A layer and the proximal step that it is to take."""
 
     layer: NeuronLayer
@@ -162,7 +161,7 @@ class ProximalOperator:
 
     def _keep(self, due: _Due, prox: Prox) -> None:
         if due.is_one_group and prox.dead is not None:
-            prox = replace(prox, dead=prox.dead.expand(due.layer.num_neurons))
+            prox = prox._replace(dead=prox.dead.expand(due.layer.num_neurons))
         self._found[due.layer.name] = prox
 
     # --- on a device

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,8 +137,7 @@ def dying(parts: Sequence[Tensor], factors: Tensor, *, min_alive: int) -> tuple[
     return dead, kept
 
 
-@dataclass(frozen=True)
-class Prox:
+class Prox(NamedTuple):
     """What a proximal step did to a layer."""
 
     dead: Tensor | None
