@@ -108,9 +108,8 @@ class InBackward:
         self._samples = count, dist.all_reduce(count, group=self.ddp.process_group, async_op=True)
 
     def _hook(self, _state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        # Buckets come in order, whichever is ready first.
-        if bucket.index() == 0:
-            self._begin()
+        if bucket.index() == 0 and self.overlap:  # they come in order, whichever is ready first
+            self.optimizer.begin_step()
         if bucket.is_last():  # DDP queues its own end right after this, behind ours: in the same graph task, whichever that is
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         if not self.overlap:
@@ -144,12 +143,6 @@ class InBackward:
         future = all_reduce(buffer, self.ddp.process_group).get_future().then(reduced)
         self._callbacks.append(future)
         return future
-
-    def _begin(self) -> None:
-        """Before the first bucket of a backward."""
-        self._work, self._callbacks, self._split = [], [], []  # what a backward that was cut off left
-        if self.overlap:
-            self.optimizer.begin_step()
 
     def _divisor(self) -> Tensor | int:
         if self._samples is None:
@@ -201,9 +194,10 @@ class InBackward:
             reducing.wait()
         buckets = [bucket for bucket, _ in work]
         torch._foreach_div_([bucket.buffer for bucket in buckets], self._divisor())
-        if self._all is None or not self._has_rebuilt:
-            self._all = _Bucket.of_all(buckets)
-        self._step(self._all)
+        together = self._all or _Bucket.of_all(buckets)
+        if self._has_rebuilt:
+            self._all = together
+        self._step(together)
 
     @torch.no_grad()
     def _end(self) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-BACKEND = "nccl" if DEVICE.type == "cuda" else "gloo"
+BACKEND = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
 
 if DEVICE.type == "cuda":
     torch.backends.cudnn.deterministic = True  # as sums on a CPU are

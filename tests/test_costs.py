@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_gsl import ProximalSGD, SparseGroupLasso, find_neurons, hook
+from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons, hook
+from dist_gsl.kernels import Layout, gpu
 from dist_gsl.penalty import PenaltyConfig, PerLayer
 from dist_gsl.training import loop
 from dist_gsl.training.config import TrainConfig
@@ -112,3 +113,23 @@ def test_a_smaller_network_reduces_less(collectives: list[int]) -> None:
     collectives.clear()
     loop.train_step(state, config, batch)
     assert sum(collectives) == 4 * state.num_parameters
+
+
+@pytest.mark.parametrize(("name", "read_once"), [("dec8-768", 1.0), ("resnet50", 0.84), ("vit_b_16", 1.0), ("bnet-c", 0.66)])
+def test_what_a_gpu_reads(name: str, read_once: float) -> None:
+    """The share of entries that a program reads once, into registers, and how well these fill its tiles; all of them four at a time, but for the
+    first layer's."""
+    neurons = find_neurons(create_model(name, num_classes=10), torch.zeros(1, 3, 224, 224))
+    at_once = entries = lanes = alone = 0
+    for layer in neurons:
+        layout = Layout([piece.of(neurons.parameter(piece.tensor)) for piece in layer.producers], layer.num_neurons)
+        reading = gpu._Reading.of(layout, torch.float32)
+        assert not reading.parts  # runs and single entries alone
+        sizes = [size for *_, size in reading.pieces]
+        at_once += layer.num_neurons * sum(sizes[: gpu.PIECES])
+        entries += layer.num_neurons * sum(sizes)
+        alone += layer.num_neurons * sum(sizes) * (1 - reading.kind % 2)
+        lanes += -(-layer.num_neurons // reading.num_rows) * reading.num_rows * gpu.SHAPES[reading.kind // 2][1] * len(sizes)
+    assert at_once / entries >= read_once
+    assert entries / lanes >= 0.9
+    assert alone / entries < 0.01

@@ -120,8 +120,10 @@ def test_steps_of_several_buckets_are_the_step_by_hand(monkeypatch: pytest.Monke
     assert way == "in callbacks" or threads == {threading.get_ident()}
 
 
-def test_nothing_is_kept_of_the_buckets_of_the_first_backward() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_nothing_is_kept_of_the_buckets_of_the_first_backward(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     """DDP makes them anew then, and what is kept of the old ones would keep their memory."""
+    monkeypatch.setattr(hook, "is_one_by_one", lambda device: not at_once)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     x = torch.randn(5, 4)
     optimizer = ProximalSGD(model.parameters(), find_neurons(model, x), SparseGroupLasso(beta=0.0), lr=0.1)
@@ -131,6 +133,7 @@ def test_nothing_is_kept_of_the_buckets_of_the_first_backward() -> None:
     for expected in (0, 1, 1):
         ddp(x).sum().backward()
         assert len(optimizer._backward._buckets) == expected
+        assert (optimizer._backward._all is not None) is (at_once and expected == 1)
 
 
 class Recomputed(nn.Module):

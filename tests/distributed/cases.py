@@ -97,10 +97,10 @@ def counted_all_reduces() -> Iterator[mock.Mock]:
 
 
 def attached_equals_by_hand(
-    rank: int, *, accumulate: int = 1, num_steps: int = 15, epoch: int = 0, max_grad_norm: float | None = None,
+    rank: int, *, at_once: bool = False, accumulate: int = 1, num_steps: int = 15, epoch: int = 0, max_grad_norm: float | None = None,
     scaler: bool = False, overflow_at: int = -1, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains twice; the same options go to both. By hand is DDP's own average, then step()."""
+    """Trains twice; the same options go to both. By hand is DDP's own average, then step(). at_once: buckets are stepped as on a GPU."""
     ours, theirs = training(**options), training(**options)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7) if scaler else None for _ in range(2)]
     with warnings.catch_warnings(record=True) as caught:
@@ -118,7 +118,8 @@ def attached_equals_by_hand(
             if isinstance(run.model, Spare):
                 run.model.use_spare = step % 3 != 1
             run.ddp.zero_grad()
-            with counted_all_reduces() as reduces:
+            way = mock.patch.object(hook, "is_one_by_one", return_value=not at_once)
+            with counted_all_reduces() as reduces, way:
                 for number, (x, y) in enumerate(parts):
                     with run.ddp.no_sync() if number < len(parts) - 1 else contextlib.nullcontext():
                         loss = F.cross_entropy(run.ddp(x), y) / accumulate

@@ -25,6 +25,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "channels_last": {"channels_last": True},
     "accumulation": {"accumulate": 3},
     "several buckets": {"bucket_cap_mb": TINY_BUCKETS},
+    "several buckets at once": {"bucket_cap_mb": TINY_BUCKETS, "at_once": True, "accumulate": 2, "channels_last": True},
+    "at once, every 4": {"bucket_cap_mb": TINY_BUCKETS, "at_once": True, "every": 4, "beta": 0.06},
     "static graph": {"static_graph": True},
     "bucket views": {"gradient_as_bucket_view": True},
     "everything": {
