@@ -22,6 +22,10 @@ from dist_gsl.removal import Removal, copied
 TOLERANCE = 1e-9
 """Largest difference that removal may make to an output in float64, relative to the largest output."""
 
+GPU_WIDTHS = 32
+"""Multiples in which a GPU's matrix units take widths: at odd ones an H100 is slower than at the full ones, at these it is not
+(benchmarks/README.md)."""
+
 
 @dataclass
 class Compacted:
@@ -54,8 +58,8 @@ def compact(
     `example_inputs`, no output differs by more than 1e-9 of the largest one. `RuntimeError` where that fails or an
     output is not finite; `ValueError` where a layer would be left empty. What is given is left as it is.
 
-    multiple_of: keeps so many dead neurons, all zero, that widths are multiples of it, as tensor cores like them (32 for
-    an H100); they stay masked, count as dead and never come back.
+    multiple_of: keeps so many dead neurons, all zero, that widths are multiples of it, as tensor cores like them (`GPU_WIDTHS`
+    for an H100); they stay masked, count as dead and never come back.
     """
     if multiple_of < 1:
         raise ValueError(f"compact: multiple_of is {multiple_of}, must be 1 or more")

@@ -28,7 +28,7 @@ class Removal:
     def __init__(self, neurons: Neurons, keep: Mapping[str, Tensor] | None = None, *, multiple_of: int = 1) -> None:
         """keep: {layer name: bool (num_neurons,)}; None: the masks, with so many of the dead that widths are multiples of `multiple_of`
         where there are enough. `ValueError` for a layer that would be empty."""
-        masks = {layer.name: _padded(layer.mask, multiple_of) for layer in neurons} if keep is None else dict(keep)
+        masks = {layer.name: padded(layer.mask, multiple_of) for layer in neurons} if keep is None else dict(keep)
         for name, mask in masks.items():
             if not mask.any() and not neurons[name].bypassed:
                 raise ValueError(f"layer {name!r} has no neuron alive: the network's output would be constant; "
@@ -139,7 +139,7 @@ class Removal:
         return kept.nonzero().flatten()
 
 
-def _padded(mask: Tensor, multiple_of: int) -> Tensor:
+def padded(mask: Tensor, multiple_of: int) -> Tensor:
     """The mask with the first dead neurons kept, up to the next multiple; none where none is alive."""
     missing = -int(mask.sum()) % multiple_of
     kept = mask.clone()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_gsl.penalty import row_norms
-from dist_gsl.removal import Removal
+from dist_gsl.removal import Removal, padded
 from dist_gsl.training.watch import CommonError, DivergedError, is_finite
 
 if TYPE_CHECKING:
@@ -52,18 +52,23 @@ class Rule:
         every = LOOK_EVERY if self.percent is not None else self.steps
         return (epoch_ends and self.epoch) or (not epoch_ends and every is not None and step % every == 0)
 
-    def is_due(self, neurons: Neurons, *, epoch_ends: bool) -> bool:
+    def is_due(self, neurons: Neurons, *, multiple_of: int = 1, epoch_ends: bool) -> bool:
         """Whether enough died. The same in all processes once they agree on who did. Not where a layer has none left that no way leads around:
-        the output is constant then, and no smaller network would have it."""
-        if all(bool(layer.mask.all()) for layer in neurons) or any(not layer.bypassed and not bool(layer.mask.any()) for layer in neurons):
+        the output is constant then, and no smaller network would have it.
+
+        multiple_of: of which widths stay multiples.
+        """
+        if any(not layer.bypassed and not bool(layer.mask.any()) for layer in neurons):
             return False
-        return epoch_ends or self.percent is None or removable_percent(neurons) >= self.percent
+        if all(bool(padded(layer.mask, multiple_of).all()) for layer in neurons):
+            return False
+        return epoch_ends or self.percent is None or removable_percent(neurons, multiple_of=multiple_of) >= self.percent
 
 
-def removable_percent(neurons: Neurons) -> float:
-    """Share of the network's present parameters that would go with the dead neurons."""
+def removable_percent(neurons: Neurons, *, multiple_of: int = 1) -> float:
+    """Share of the network's present parameters that would go with the dead neurons, but for those that keep widths multiples."""
     now = sum(p.numel() for p in neurons.model.parameters())
-    return 100 * (1 - Removal(neurons).num_parameters() / now)
+    return 100 * (1 - Removal(neurons, multiple_of=multiple_of).num_parameters() / now)
 
 
 def shrink(state: RunState, rule: Rule, step: int, *, epoch_ends: bool = False) -> bool:
@@ -71,7 +76,7 @@ def shrink(state: RunState, rule: Rule, step: int, *, epoch_ends: bool = False) 
     if state.stays_whole or len(state.neurons) == 0 or not rule.is_asked(step, epoch_ends=epoch_ends):
         return False
     agree(state)
-    if not rule.is_due(state.neurons, epoch_ends=epoch_ends):
+    if not rule.is_due(state.neurons, multiple_of=state.setup.multiple_of, epoch_ends=epoch_ends):
         return False
     return state.shrink()
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_gsl import removal
-from dist_gsl.compaction import check_dead_are_zero, compact
+from dist_gsl.compaction import GPU_WIDTHS, check_dead_are_zero, compact
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import PenaltyConfig, SparseGroupLasso, make_penalty, starting_betas
@@ -78,6 +78,11 @@ class Setup:
     penalty: PenaltyConfig
     steps_per_epoch: int
     device: torch.device
+
+    @property
+    def multiple_of(self) -> int:
+        """Of which widths stay multiples when the dead leave training."""
+        return self.train.shrink_multiple_of or (GPU_WIDTHS if self.device.type == "cuda" else 1)
 
     def learning_rate(self, step: int) -> float:
         return self.train.learning_rate_at(step, steps_per_epoch=self.steps_per_epoch)
@@ -157,8 +162,8 @@ class RunState:
         return sum(p.numel() for p in self.model.parameters())
 
     def shrink(self) -> bool:
-        """Removes the dead neurons from all that the next step reads; training goes on as it would have with them. Every process of the
-        group calls it, with the same masks.
+        """Removes the dead neurons from all that the next step reads, but for those that keep widths multiples; training goes on as it would
+        have with them. Every process of the group calls it, with the same masks.
 
         Where the smaller network does not compute the same in one of them, all keep the dead for good, with a warning: False.
         """
@@ -166,8 +171,8 @@ class RunState:
         try:
             if self.average is not None:
                 check_dead_are_zero(self.average.module, self.neurons)
-                averaged = Removal(self.neurons).model(self.average.module).state_dict()
-            smaller = compact(self.model, self.neurons, self.optimizer)
+                averaged = Removal(self.neurons, multiple_of=self.setup.multiple_of).model(self.average.module).state_dict()
+            smaller = compact(self.model, self.neurons, self.optimizer, multiple_of=self.setup.multiple_of)
         except RuntimeError as error:
             problem = " ".join(str(error).split())
         failed = torch.tensor(int(smaller is None), device=self.setup.device)

@@ -102,6 +102,42 @@ def test_every_network(name: str) -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.filterwarnings(NEVER_SEEN)
+@pytest.mark.parametrize("shrink", ["epoch", "10%"])
+def test_widths_stay_multiples(shrink: str) -> None:
+    """And nothing is removed again that brings no width to the next multiple."""
+    started: dict[str, int] = {}
+    removals = []
+    remove = RunState.shrink
+
+    def counted(state: RunState) -> bool:
+        before = {layer.name: layer.num_neurons for layer in state.neurons}
+        started.update({} if started else before)
+        done = remove(state)
+        removals.append(before != {layer.name: layer.num_neurons for layer in state.neurons})
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunState, "shrink", counted)
+        small = same_course(shrink, network={**NETWORK, "batch_norm": True}, epochs=2.0, num_steps=8, shrink_multiple_of=3, ema=0.9)
+    assert len(removals) >= 2
+    assert all(removals)
+    padding = 0
+    for layer in small.state.neurons:
+        alive = int(layer.mask.sum())
+        assert layer.num_neurons == min(started[layer.name], 3 * -(-alive // 3))
+        padding += layer.num_neurons - alive
+    assert padding > 0
+
+
+def test_widths_stay_multiples_on_a_gpu_by_default() -> None:
+    setup = build(NETWORK, image_shape=(1, 32, 32), train=TRAIN, penalty=PENALTY, steps_per_epoch=6, device=DEVICE).setup
+    for device, multiple_of, expected in (("cuda", None, 32), ("cpu", None, 1), ("cuda", 1, 1), ("cpu", 8, 8)):
+        chosen = replace(setup, device=torch.device(device), train=replace(TRAIN, shrink_multiple_of=multiple_of))
+        assert chosen.multiple_of == expected
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings(NEVER_SEEN)
 def test_dropout_is_drawn_for_the_removed_too() -> None:
     network = {"name": "bnet", "num_classes": 5, "batch_norm": None, **ZOO["bnet"]}
     small = same_course("2", network=network, epochs=2.0, num_steps=4, size=64)
@@ -167,6 +203,11 @@ def test_rules(text: str, rule: Rule) -> None:
     assert Rule.parse(text) == rule
 
 
+def test_a_multiple_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train\.shrink_multiple_of is 0, must be at least 1, or left out"):
+        replace(TRAIN, shrink_multiple_of=0)
+
+
 @pytest.mark.parametrize("text", ["", "0", "-3", "0%", "100%", "often", "5 percent", "1e3"])
 def test_other_rules_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"train\.shrink is .*must be never, epoch, a number of steps"):
@@ -179,6 +220,12 @@ def test_the_share_that_can_go() -> None:
     assert removable_percent(neurons) == 0
     neurons.zero_({"0": [1, 2]})
     assert removable_percent(neurons) == pytest.approx(100 * 2 * (3 + 1 + 2) / 26)
+    assert removable_percent(neurons, multiple_of=3) == pytest.approx(100 * (3 + 1 + 2) / 26)
+    assert removable_percent(neurons, multiple_of=4) == 0
+    assert Rule.parse("30%").is_due(neurons, epoch_ends=False)
+    assert not Rule.parse("30%").is_due(neurons, multiple_of=3, epoch_ends=False)
+    assert Rule.parse("epoch").is_due(neurons, multiple_of=3, epoch_ends=True)
+    assert not Rule.parse("epoch").is_due(neurons, multiple_of=4, epoch_ends=True)
 
 
 def test_revivable_neurons_stay() -> None:
@@ -191,7 +238,7 @@ def test_what_cannot_be_removed_stays_and_training_goes_on(monkeypatch: pytest.M
     whole, expected = trained(replace(TRAIN, shrink="never"))
     tries = []
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         tries.append(1)
         raise RuntimeError("compact: the outputs differ by 0.5")
 

@@ -17,7 +17,9 @@ from dist_gsl.training.state import RunState, build
 from tests.device import DEVICE
 
 NETWORK: dict[str, Any] = {"name": "dec3", "num_classes": 5, "width": 1 / 16, "batch_norm": False}
-TRAIN = TrainConfig(epochs=4, batch_size=8, learning_rate=0.02, schedule="cosine", warmup_epochs=0.5, channels_last=False)
+TRAIN = TrainConfig(
+    epochs=4, batch_size=8, learning_rate=0.02, schedule="cosine", warmup_epochs=0.5, channels_last=False, shrink_multiple_of=1,
+)  # fmt: skip
 PENALTY = PenaltyConfig(beta=PerLayer(rest=1.7), unit="epochs", beta_schedule=Schedule(start=1, end=3))
 
 
