@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.pairs import AT_LEAST, ratio_of, timed
 from benchmarks.step import NETWORKS, step_of
 from dist_gsl import create_model
+from dist_gsl.training.state import buffers_matter
 
 
 def main() -> None:
@@ -55,6 +56,7 @@ def main() -> None:
         batch = torch.randn(shape), torch.randint(classes, shape[:1])
         together = step_of(model, batch, bucket_mb=25.0, how="within", alpha=0.0)
         apart = step_of(model, batch, bucket_mb=25.0, how="within", alpha=0.0, group=alone)
+        together.ddp.broadcast_buffers = apart.ddp.broadcast_buffers = buffers_matter(model)  # as in a training
         ways: dict[str, Callable[[], object]] = {"one": apart if rank == 0 else lambda: None, "apart": apart, "together": together}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         order = random.Random(0)

@@ -102,7 +102,7 @@ def train(
         seconds = seconds_before + time.perf_counter() - began
         state.position, state.seconds = Position(epoch + 1, 0), 0.0
         dist.all_reduce(totals)
-        for buffer in state.evaluated.buffers():  # running statistics are each worker's own until the next forward
+        for buffer in state.evaluated.buffers():  # running statistics are each worker's own
             dist.broadcast(buffer, 0)
         validation = evaluate(state.evaluated, validation_data, config, device=device)
         record = {
@@ -162,7 +162,7 @@ def train_step(state: RunState, config: TrainConfig, batch: Batch) -> Tensor:
     """One step; (loss sum, correct answers, samples) of this worker, float64 (3,).
 
     What a micro-batch computes does not depend on which process computes it: BatchNorm sees its samples alone, random numbers follow from
-    its number, and buffers such as running statistics are those that the first one leaves, as all processes take them from the first.
+    its number, and buffers such as running statistics are those that the first one leaves, as all processes take them from the first in the end.
     """
     state.optimizer.zero_grad()
     num_samples = len(batch.targets)

@@ -90,6 +90,7 @@ class Setup:
     def wrapped(self, model: nn.Module, neurons: Neurons, regulariser: SparseGroupLasso) -> tuple[DistributedDataParallel, ProximalSGD]:
         """DDP and the optimizer of a network, attached to it."""
         ddp = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        ddp.broadcast_buffers = buffers_matter(model)  # at the start they are, whatever torch's version calls the argument
         train, penalty = self.train, self.penalty
         optimizer = ProximalSGD(
             model.parameters(), neurons, regulariser, lr=self.learning_rate(0), momentum=train.momentum, nesterov=train.nesterov,
@@ -218,6 +219,17 @@ class RunState:
             "uninformed_loss": self.uninformed_loss,
             "rate_factor": self.rate_factor,
         }
+
+
+def buffers_matter(model: nn.Module) -> bool:
+    """Whether what one process computes may depend on buffers that a step of training changes, so that all must take those of the first before
+    each. BatchNorm's running statistics are written in training and not read: those of the first, which are evaluated and kept, are the same
+    either way, and a collective operation less is waited for."""
+    for module in model.modules():
+        is_known = isinstance(module, (nn.modules.batchnorm._BatchNorm, *removal.WHOLE_DROPOUT.values()))
+        if not is_known and any(True for _ in module.buffers(recurse=False)):
+            return True
+    return False
 
 
 def build_network(

@@ -300,6 +300,20 @@ def with_removal_and_without(rank: int, *, shrink: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_buffers_of_the_first(rank: int, *, ema: float | None) -> dict[str, Any]:
+    """The same training twice, each process on data of its own: DDP hands out the first one's buffers before each forward, or does not."""
+    courses = []
+    for always in (False, True):
+        with mock.patch("dist_gsl.training.state.buffers_matter", return_value=True) if always else contextlib.nullcontext():
+            courses.append(Course("7", network={**NETWORK, "batch_norm": True}, epochs=2.0, num_steps=8, seed=rank, ema=ema))
+    handed, own = (dict(each.state.evaluated.state_dict()) for each in courses)
+    return {
+        "does": [each.state.ddp.broadcast_buffers for each in courses], "different": different(handed, own),
+        "losses": [each.losses for each in courses], "num_removals": courses[0].num_removals,
+        "val": [[record["val_loss"] for record in each.records] for each in courses], "state": {n: t.tolist() for n, t in own.items() if "running" in n},
+    }  # fmt: skip
+
+
 def death_in_one_process(rank: int, *, norm: float) -> dict[str, Any]:
     """The second process loses a neuron that has `norm` times the norm of its layer's largest in the first."""
     state = build(NETWORK, image_shape=(1, 32, 32), train=TRAIN, penalty=PENALTY, steps_per_epoch=6, device=torch.device("cpu"))

@@ -16,6 +16,20 @@ def test_training_goes_on_as_it_would_have(pair: Pair, shrink: str) -> None:
     assert results[0]["alive"] == results[1]["alive"]
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_running_statistics_need_not_be_handed_out(pair: Pair, ema: float | None) -> None:
+    """All that comes of a training is the same without it, to the bit, in both processes."""
+    results = pair.run("with_buffers_of_the_first", ema=ema)
+    for result in results:
+        assert result["does"] == [False, True]
+        assert result["different"] == []
+        assert result["losses"][0] == result["losses"][1]
+        assert result["val"][0] == result["val"][1]
+        assert result["num_removals"] >= 3
+    assert results[0]["state"] == results[1]["state"]
+    assert results[0]["state"]
+
+
 def test_rounding_at_a_death_is_settled_by_the_first_process(pair: Pair) -> None:
     first, second = pair.run("death_in_one_process", norm=1e-7)
     assert first["alive"][3] is True

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dist_gsl.training import checkpoint, loop
-from dist_gsl.training.state import MovingAverage, RunState, build
+from dist_gsl.training.state import MovingAverage, RunState, buffers_matter, build
 from tests.device import DEVICE, waits_are_errors
 from tests.training.trainings import NETWORK, PENALTY, TRAIN, TensorBatches, equal, equal_tensors, trained
 
@@ -146,3 +147,23 @@ def test_on_a_gpu_the_host_waits_for_no_step(options: dict) -> None:
             for group in state.optimizer.param_groups:
                 group["lr"] *= 0.9  # the kernels' limits change with it
             loop.train_step(state, config, batch)
+
+
+class Counting(nn.Module):
+    """A layer whose forward reads what the last one left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: torch.Tensor
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return x * self.count
+
+
+def test_buffers_that_matter_are_handed_out() -> None:
+    plain = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()]
+    assert not buffers_matter(nn.Sequential(*plain))
+    assert buffers_matter(nn.Sequential(*plain, Counting()))
+    assert buffers_matter(nn.Sequential(*plain, nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 3))))
