@@ -13,7 +13,7 @@ from dist_gsl.measures import Measures, measure
 from dist_gsl.models import create_model
 from dist_gsl.neurons import NeuronLayer, Neurons, Slice
 from dist_gsl.penalty import SparseGroupLasso, sparse_group_prox
-from dist_gsl.proximal import ProximalSGD
+from dist_gsl.proximal import ProximalAdamW, ProximalSGD
 from dist_gsl.tracing import ModuleRule, find_neurons
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "ModuleRule",
     "NeuronLayer",
     "Neurons",
+    "ProximalAdamW",
     "ProximalSGD",
     "Slice",
     "SparseGroupLasso",

@@ -38,6 +38,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.penalty.revive and self.train.ema is not None:
             raise ValueError("penalty.revive and train.ema: a neuron that may come back is never zero in the average; choose one")
+        if self.train.optimizer != "sgd" and self.penalty.unit == "epochs" and self.penalty.enabled:
+            raise ValueError(
+                f"penalty.unit epochs counts steps of SGD, train.optimizer is {self.train.optimizer}; set penalty.unit absolute and its betas"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings."""

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_gsl.neurons import NeuronLayer
 
 if TYPE_CHECKING:
-    from dist_gsl.proximal import ProximalSGD
+    from dist_gsl.proximal import ProximalOptimizer
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class InBackward:
     """Runs an optimizer's step from DDP's communication hook."""
 
     def __init__(
-        self, optimizer: "ProximalSGD", ddp: DistributedDataParallel, *, max_grad_norm: float | None,
+        self, optimizer: "ProximalOptimizer", ddp: DistributedDataParallel, *, max_grad_norm: float | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.optimizer, self.ddp, self.max_grad_norm, self.scaler = optimizer, ddp, max_grad_norm, scaler

@@ -40,16 +40,19 @@ class _Due(NamedTuple):
 
 
 class ProximalOperator:
-    """The proximal operator of a penalty on the neurons of a network, and their deaths: the options are `ProximalSGD`'s.
+    """The proximal operator of a penalty on the neurons of a network, and their deaths: the options are `ProximalOptimizer`'s.
 
     `shrink_` may be called for some layers after others and from several threads; `bury_` comes when all have been.
     """
 
     def __init__(
-        self, neurons: Neurons, penalty: SparseGroupLasso, *, revive: bool, min_alive: int, depth: bool, branches_are_groups: bool
+        self, neurons: Neurons, penalty: SparseGroupLasso, *, revive: bool, min_alive: int, depth: bool, branches_are_groups: bool,
+        metric_of: Callable[[NeuronLayer], Sequence[Tensor]] | None = None,
     ) -> None:
+        """metric_of: the diagonal of the metric of a layer's parts, (N, ...) each, or nothing where they take no step; None: the identity."""
         self.neurons, self.penalty = neurons, penalty
         self.revive, self.min_alive, self.depth, self.branches_are_groups = revive, min_alive, depth, branches_are_groups
+        self.metric_of = metric_of
         self.warned: set[str] = set()
         self._layouts: dict[str, Layout] = {}
         self._found: dict[str, Prox] = {}
@@ -137,8 +140,14 @@ class ProximalOperator:
 
     def _by_torch_(self, due: _Due) -> None:
         layer, parts = due.layer, self.neurons.parts(due.layer)
-        groups = [part.unsqueeze(0) for part in parts] if due.is_one_group else parts
-        prox = self.penalty.prox_(groups, layer=layer.name, step=due.step, t=due.t, group_size=due.group_size, min_alive=due.min_alive)
+        metric = None if self.metric_of is None else self.metric_of(layer)
+        if metric is not None and not metric:
+            self._found[layer.name] = Prox(dead=None, kept_by_force=False, beta=due.beta)
+            return
+        groups, metrics = ([part.unsqueeze(0) for part in each] if each and due.is_one_group else each for each in (parts, metric))
+        prox = self.penalty.prox_(
+            groups or (), layer=layer.name, step=due.step, t=due.t, group_size=due.group_size, min_alive=due.min_alive, metric=metrics
+        )
         self._keep(due, prox)
         for piece, rows in zip(layer.producers, parts, strict=True):
             piece.write_(self.neurons.parameter(piece.tensor), rows)
@@ -167,6 +176,8 @@ class ProximalOperator:
     # --- on a device
 
     def _kind_of(self, due: _Due) -> Kind:
+        if self.metric_of is not None:
+            return Kind.TORCH
         kind = kernels.kind_of(due.layout)
         if kind is not Kind.GPU:
             return kind

@@ -1,4 +1,4 @@
-"""SGD with a proximal step: called by hand, or run by DDP as soon as a bucket of gradients is reduced (`hook`).
+"""Optimizers with a proximal step: called by hand, or run by DDP as soon as a bucket of gradients is reduced (`hook`).
 
 One step is two phases. First every parameter takes its gradient step, and every layer whose parts have all arrived its
 proximal step. Then, when all are done, neurons that reached zero are killed: momentum and readers are cleared, for good.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw
 
 from dist_gsl import kernels
 from dist_gsl.hook import InBackward
@@ -24,10 +25,10 @@ from dist_gsl.tracing import check_precision
 GROUPS = ("neurons", "branches")
 
 
-class ProximalSGD(torch.optim.Optimizer):
-    """Minimises loss + r(Theta) by proximal SGD: theta <- prox_{t r}(theta - lr * direction).
+class ProximalOptimizer(torch.optim.Optimizer):
+    """Minimises loss + r(Theta): a gradient step on the loss of the kind that a subclass takes, then a proximal step on the penalty.
 
-    The direction is torch.optim.SGD's (momentum, Nesterov, weight decay), bit for bit. The operator runs every step,
+    The operator runs every step,
     every N steps (`every=N`), or when `end_epoch()` is called (`every="epoch"`, as in the paper); its t is the sum of
     the learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its
     momentum and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True`
@@ -43,29 +44,30 @@ class ProximalSGD(torch.optim.Optimizer):
     or float64. `NotCompiledError` where the compiled proximal step is missing.
     """
 
+    MIRRORS: tuple[str, ...] = ()
+    """Entries of a parameter's state that have its shape: a death clears them, and removal cuts them."""
+
     def __init__(
         self,
         params: Iterable[Any],
+        defaults: dict[str, Any],
         neurons: Neurons,
         penalty: SparseGroupLasso,
         *,
-        lr: float,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
         every: str | int = "step",
         revive: bool = False,
         min_alive: int = 1,
         depth: bool = True,
         groups: str = "neurons",
+        metric_of: Callable[[NeuronLayer], list[Tensor]] | None = None,
     ) -> None:
-        if nesterov and momentum <= 0:
-            raise ValueError("ProximalSGD: nesterov needs a momentum above 0")
+        """metric_of: the diagonal of the metric in which the proximal step measures a layer's parts, (N, ...) each, or nothing where they have
+        not moved yet and take none; None: the identity."""
+        name = type(self).__name__
         if every not in ("step", "epoch") and not (isinstance(every, int) and every >= 1):
-            raise ValueError(f'ProximalSGD: every is {every!r}, must be "step", "epoch", or a number of steps')
+            raise ValueError(f'{name}: every is {every!r}, must be "step", "epoch", or a number of steps')
         if groups not in GROUPS:
-            raise ValueError(f'ProximalSGD: groups is {groups!r}, must be one of {", ".join(GROUPS)}')
-        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+            raise ValueError(f'{name}: groups is {groups!r}, must be one of {", ".join(GROUPS)}')
         super().__init__(params, defaults)
         check_precision(neurons.model)
         kernels.check(p for p in neurons.model.parameters())
@@ -82,11 +84,11 @@ class ProximalSGD(torch.optim.Optimizer):
                 if piece.absorber is not None:
                     self._reading.setdefault(neurons.parameter(piece.tensor), []).append((layer, piece))
         self._operator = ProximalOperator(
-            neurons, penalty, revive=revive, min_alive=min_alive, depth=depth, branches_are_groups=groups == "branches"
+            neurons, penalty, revive=revive, min_alive=min_alive, depth=depth, branches_are_groups=groups == "branches", metric_of=metric_of
         )
         self._backward: InBackward | None = None
         self._opt_called = False  # read by torch's learning-rate schedulers
-        neurons.register_copy(self._momentum)
+        neurons.register_copy(self.mirrors)
 
     # --- by hand
 
@@ -95,7 +97,7 @@ class ProximalSGD(torch.optim.Optimizer):
         """Gradient step, proximal step, deaths. `RuntimeError` once attached to DDP, where backward() steps itself."""
         if self._backward is not None and not self._backward.stepping:
             raise RuntimeError(
-                "ProximalSGD is attached to DDP: backward() has already stepped; leave out optimizer.step()"
+                f"{type(self).__name__} is attached to DDP: backward() has already stepped; leave out optimizer.step()"
             )
         loss = None
         if closure is not None:
@@ -149,7 +151,7 @@ class ProximalSGD(torch.optim.Optimizer):
         the workers, or `total` where the caller knows it."""
         if self._backward is None:
             raise RuntimeError(
-                "ProximalSGD.set_num_samples divides in DDP's hook: call attach(ddp) first, or use a mean loss"
+                f"{type(self).__name__}.set_num_samples divides in DDP's hook: call attach(ddp) first, or use a mean loss"
             )
         self._backward.count_samples(num_samples, total)
 
@@ -170,32 +172,16 @@ class ProximalSGD(torch.optim.Optimizer):
         return self.every != "epoch" and self.num_steps % (1 if self.every == "step" else int(self.every)) == 0
 
     def update_(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """torch.optim.SGD's update of parameters of one group, in place, all at once."""
+        """The gradient step of parameters of one group, in place, all at once."""
         if not parameters:
             return
         if self._reading:
             for p, gradient in zip(parameters, gradients, strict=True):
                 self.mask_gradient_(p, gradient)
-        directions: Any = gradients
-        if group["weight_decay"]:
-            directions = torch._foreach_add(directions, parameters, alpha=group["weight_decay"])
-        if group["momentum"]:
-            buffers = self._moved(parameters, directions, group["momentum"])
-            directions = torch._foreach_add(directions, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
-        torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+        self._update_(parameters, gradients, group)
 
-    def _moved(self, parameters: list[Tensor], directions: Sequence[Tensor], momentum: float) -> list[Tensor]:
-        """The parameters' momentum after another direction."""
-        moving = [(self.state[p]["momentum_buffer"], d) for p, d in zip(parameters, directions, strict=True) if self.state.get(p)]
-        if len(moving) < len(parameters):  # first gradients
-            for p, direction in zip(parameters, directions, strict=True):
-                if not self.state.get(p):
-                    self.state[p]["momentum_buffer"] = direction.clone()
-            self._operator.forget_copies()
-        if moving:
-            torch._foreach_mul_([buffer for buffer, _ in moving], momentum)
-            torch._foreach_add_([buffer for buffer, _ in moving], [direction for _, direction in moving])
-        return [self.state[p]["momentum_buffer"] for p in parameters]
+    def _update_(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        raise NotImplementedError
 
     def mask_gradient_(self, p: Tensor, grad: Tensor) -> None:
         """Clears the gradient of weights that read the dead, in place: it is zero by itself but where the dead give f(0) != 0. A step does
@@ -230,22 +216,19 @@ class ProximalSGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, masks included. `ValueError` if it is of another network."""
-        state = dict(state_dict)
+        state, name = dict(state_dict), type(self).__name__
         if "neurons" not in state:
-            raise ValueError("ProximalSGD: the state has no neurons: it is another optimizer's, load a ProximalSGD's")
+            raise ValueError(f"{name}: the state has no neurons: it is another optimizer's, load a {name}'s")
         self.neurons.load_state_dict(state.pop("neurons"))
         self._operator.forget()
         self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
         super().load_state_dict(state)
         self._operator.forget_copies()
 
-    def _momentum(self) -> list[dict[str, Tensor]]:
-        buffers = {}
-        for name, p in self.neurons.model.named_parameters():
-            buffer = self.state[p].get("momentum_buffer") if p in self.state else None
-            if buffer is not None:
-                buffers[name] = buffer
-        return [buffers]
+    def mirrors(self) -> list[dict[str, Tensor]]:
+        """What of the state has the shape of parameters, {name of the parameter: tensor} each."""
+        names = {p: name for name, p in self.neurons.model.named_parameters() if self.state.get(p)}
+        return [{name: self.state[p][key] for p, name in names.items() if self.state[p].get(key) is not None} for key in self.MIRRORS]
 
     def _groups_of(self, layer: NeuronLayer) -> list[int]:
         groups = set()
@@ -253,12 +236,12 @@ class ProximalSGD(torch.optim.Optimizer):
             p = self.neurons.parameter(piece.tensor)
             if p not in self._group_of:
                 raise ValueError(
-                    f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is not optimized; "
+                    f"{type(self).__name__}: {piece.tensor!r} belongs to neurons of {layer.name!r} but is not optimized; "
                     "pass all of the model's parameters"
                 )
             if not p.requires_grad and p.numel() > 0:
                 raise ValueError(
-                    f"ProximalSGD: {piece.tensor!r} belongs to neurons of {layer.name!r} but is frozen: "
+                    f"{type(self).__name__}: {piece.tensor!r} belongs to neurons of {layer.name!r} but is frozen: "
                     "they could never reach zero; unfreeze it"
                 )
             groups.add(self._group_of[p])
@@ -268,5 +251,96 @@ class ProximalSGD(torch.optim.Optimizer):
         for name, groups in self._in_several_groups.items():
             rates = {self.param_groups[i]["lr"] for i in groups}
             if len(rates) > 1:
-                raise ValueError(f"ProximalSGD: the neurons of {name!r} lie in parameter groups of learning rates "
+                raise ValueError(f"{type(self).__name__}: the neurons of {name!r} lie in parameter groups of learning rates "
                                  f"{sorted(rates)}; one neuron needs one rate, put its parameters into one group")
+
+
+class ProximalSGD(ProximalOptimizer):
+    """Proximal SGD: theta <- prox_{t r}(theta - lr * direction), the direction being torch.optim.SGD's (momentum, Nesterov, weight decay), bit for
+    bit. The rest is `ProximalOptimizer`'s."""
+
+    MIRRORS = ("momentum_buffer",)
+
+    def __init__(
+        self, params: Iterable[Any], neurons: Neurons, penalty: SparseGroupLasso, *, lr: float, momentum: float = 0.0, nesterov: bool = False,
+        weight_decay: float = 0.0, every: str | int = "step", revive: bool = False, min_alive: int = 1, depth: bool = True,
+        groups: str = "neurons",
+    ) -> None:  # fmt: skip
+        if nesterov and momentum <= 0:
+            raise ValueError("ProximalSGD: nesterov needs a momentum above 0")
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(params, defaults, neurons, penalty, every=every, revive=revive, min_alive=min_alive, depth=depth, groups=groups)
+
+    def _update_(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        directions: Any = gradients
+        if group["weight_decay"]:
+            directions = torch._foreach_add(directions, parameters, alpha=group["weight_decay"])
+        if group["momentum"]:
+            buffers = self._moved(parameters, directions, group["momentum"])
+            directions = torch._foreach_add(directions, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+        torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+
+    def _moved(self, parameters: list[Tensor], directions: Sequence[Tensor], momentum: float) -> list[Tensor]:
+        """The parameters' momentum after another direction."""
+        moving = [(self.state[p]["momentum_buffer"], d) for p, d in zip(parameters, directions, strict=True) if self.state.get(p)]
+        if len(moving) < len(parameters):  # first gradients
+            for p, direction in zip(parameters, directions, strict=True):
+                if not self.state.get(p):
+                    self.state[p]["momentum_buffer"] = direction.clone()
+            self._operator.forget_copies()
+        if moving:
+            torch._foreach_mul_([buffer for buffer, _ in moving], momentum)
+            torch._foreach_add_([buffer for buffer, _ in moving], [direction for _, direction in moving])
+        return [self.state[p]["momentum_buffer"] for p in parameters]
+
+
+class ProximalAdamW(ProximalOptimizer):
+    """Proximal AdamW: torch.optim.AdamW's step, bit for bit, then the proximal step in the metric in which Adam takes its own:
+    z = argmin 1/(2 t) |z - theta|_D^2 + r(z), with D = sqrt(v / (1 - beta2^k)) + eps after k steps.
+
+    In the identity's metric, as if it were SGD's, the result would not be a stationary point of loss + r: each weight has a step size of its own,
+    and the penalty has to share it. Under D the operator has no closed form for groups; the one equation that each neuron leaves is solved
+    to rounding (`penalty.norms_in_metric`). Weight decay is decoupled, as in AdamW. With `every` above a step, D is the last step's. On a GPU too it
+    goes by torch's operations, and the host hears of deaths at once.
+
+    The rest is `ProximalOptimizer`'s.
+    """
+
+    MIRRORS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self, params: Iterable[Any], neurons: Neurons, penalty: SparseGroupLasso, *, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0.0, every: str | int = "step", revive: bool = False, min_alive: int = 1, depth: bool = True,
+        groups: str = "neurons",
+    ) -> None:  # fmt: skip
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"ProximalAdamW: betas are {betas}, must lie in [0, 1)")
+        if eps <= 0:
+            raise ValueError(f"ProximalAdamW: eps is {eps}, must be above 0")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, neurons, penalty, every=every, revive=revive, min_alive=min_alive, depth=depth, groups=groups, metric_of=self._metric_of)
+
+    def _update_(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        new = [p for p in parameters if not self.state.get(p)]
+        for p in new:
+            zeros = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in self.MIRRORS}
+            self.state[p].update({"step": torch.tensor(0.0), **zeros})
+        if new:
+            self._operator.forget_copies()
+        steps, moments, squares = ([self.state[p][key] for p in parameters] for key in ("step", *self.MIRRORS))
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters, gradients, moments, squares, [], steps, foreach=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+
+    def _metric_of(self, layer: NeuronLayer) -> list[Tensor]:
+        metric = []
+        for piece in layer.producers:
+            p = self.neurons.parameter(piece.tensor)
+            group, state = self.param_groups[self._group_of[p]], self.state.get(p)
+            if not state:
+                return []
+            bias = 1 - group["betas"][1] ** float(state["step"])
+            metric.append((piece.rows(state["exp_avg_sq"]) / bias).sqrt_().add_(group["eps"]))
+        return metric

@@ -62,6 +62,16 @@ def digits() -> RunConfig:
     )
 
 
+def vit_digits() -> RunConfig:
+    """A transformer, by AdamW."""
+    return RunConfig(
+        network=NetworkConfig("vit-mini"),
+        data=DataConfig(source="digits", augment=Augment.SHIFT),
+        penalty=PenaltyConfig(beta=PerLayer(rest=0.002), beta_schedule=Schedule(start=1.5, end=21.0)),
+        train=TrainConfig(epochs=30, batch_size=64, learning_rate=0.002, warmup_epochs=1.0, optimizer="adamw", weight_decay=0.05),
+    )
+
+
 def rotated_digits() -> RunConfig:
     """Regression with the square loss: by which angle was a digit turned?"""
     config = digits()
@@ -118,6 +128,7 @@ def _all() -> dict[str, Recipe]:
             dec3_chars_full, "185,639 rendered characters, Dec3 as in the paper, for a GPU", 36, 1, 32
         ),
         "digits": Recipe(digits, "real handwritten digits, a minute on two cores", 10, 1, 32),
+        "vit-digits": Recipe(vit_digits, "a small vision transformer on the digits, by proximal AdamW, two minutes on two cores", 10, 1, 32),
         "rotated-digits": Recipe(rotated_digits, "regression: the angle of a turned digit, square loss", 1, 1, 32),
     }
     names = {"gs": "group sparsity", "sgl": "sparse group lasso"}

@@ -10,7 +10,7 @@ class NetworkConfig:
     """Which network; its number of classes, channels and image size follow from the data."""
 
     name: str = "dec3"
-    """bnet, bnet-c, dec8, dec8-640, dec8-768, dec3, or any torchvision classifier."""
+    """bnet, bnet-c, dec8, dec8-640, dec8-768, dec3, vit-mini, or any torchvision classifier."""
 
     _: KW_ONLY
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from dist_gsl.training.shrinking import Rule
 
 LOSSES = ("cross-entropy", "square")
+OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("step", "cosine", "constant")
 ON_DIVERGENCE = ("stop", "back")
 
 
 @dataclass
 class TrainConfig:
-    """Proximal SGD over epochs of mini-batches."""
+    """A proximal optimizer over epochs of mini-batches."""
 
     epochs: int = 12
     """Passes over the training data."""
@@ -30,12 +31,18 @@ class TrainConfig:
     """Epochs at which the step schedule drops."""
     drop_factor: float = 0.1
     """Factor of each drop."""
+    optimizer: str = "sgd"
+    """"sgd", or "adamw", whose proximal step is taken in Adam's own metric: for transformers, which SGD trains badly."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Nesterov's form of it."""
     weight_decay: float = 0.0
-    """Factor of the squared norm's gradient that is added to every gradient."""
+    """Of SGD: factor of the squared norm's gradient that is added to every gradient. Of AdamW: decoupled from it, times the learning rate."""
+    adam_betas: tuple[float, ...] = (0.9, 0.999)
+    """AdamW's decay of its first and of its second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     loss: str = "cross-entropy"
     """"cross-entropy" for classes, "square" for regression."""
     label_smoothing: float = 0.0
@@ -70,11 +77,14 @@ class TrainConfig:
     """Seed of initialisation, order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        self.drop_epochs = tuple(self.drop_epochs)
+        self.drop_epochs, self.adam_betas = tuple(self.drop_epochs), tuple(self.adam_betas)
         checks = [
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("optimizer", self.optimizer in OPTIMIZERS, "one of " + ", ".join(OPTIMIZERS)),
+            ("adam_betas", len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas), "two numbers in [0, 1)"),
+            ("adam_eps", self.adam_eps > 0, "above 0"),
             ("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES)),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "at least 0 and below train.epochs"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
@@ -94,6 +104,8 @@ class TrainConfig:
             if not is_right:
                 raise ValueError(f"train.{field} is {getattr(self, field)!r}, must be {need}")
         Rule.parse(self.shrink)
+        if self.nesterov and self.optimizer != "sgd":
+            raise ValueError(f"train.nesterov is a form of SGD's momentum, train.optimizer is {self.optimizer}; leave it out")
         if self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov needs train.momentum above 0")
 

@@ -125,10 +125,10 @@ def _norms(neurons: Neurons, layer: NeuronLayer) -> Tensor:
 
 
 def _take_first(state: RunState, norms: Tensor) -> None:
-    """The first process's parameters, buffers, momentum and moving average, and its dead."""
-    momentum = [state.optimizer.state[p]["momentum_buffer"] for p in state.model.parameters() if "momentum_buffer" in state.optimizer.state[p]]
+    """The first process's parameters, buffers, moments and moving average, and its dead."""
+    moments = [tensor for mirror in state.optimizer.mirrors() for tensor in mirror.values()]
     averaged = [] if state.average is None else list(state.average.module.state_dict().values())
-    for tensor in (*state.model.state_dict().values(), *momentum, *averaged):
+    for tensor in (*state.model.state_dict().values(), *moments, *averaged):
         if tensor.numel():
             dist.broadcast(tensor, 0)
     for layer, values in zip(state.neurons, norms.split([layer.num_neurons for layer in state.neurons]), strict=True):

@@ -22,7 +22,7 @@ from dist_gsl.compaction import GPU_WIDTHS, check_dead_are_zero, compact
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import PenaltyConfig, SparseGroupLasso, make_penalty, starting_betas
-from dist_gsl.proximal import ProximalSGD
+from dist_gsl.proximal import ProximalAdamW, ProximalOptimizer, ProximalSGD
 from dist_gsl.removal import Removal
 from dist_gsl.tracing import find_neurons
 from dist_gsl.training import checkpoint
@@ -87,16 +87,21 @@ class Setup:
     def learning_rate(self, step: int) -> float:
         return self.train.learning_rate_at(step, steps_per_epoch=self.steps_per_epoch)
 
-    def wrapped(self, model: nn.Module, neurons: Neurons, regulariser: SparseGroupLasso) -> tuple[DistributedDataParallel, ProximalSGD]:
+    def wrapped(self, model: nn.Module, neurons: Neurons, regulariser: SparseGroupLasso) -> tuple[DistributedDataParallel, ProximalOptimizer]:
         """DDP and the optimizer of a network, attached to it."""
         ddp = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ddp.broadcast_buffers = buffers_matter(model)  # at the start they are, whatever torch's version calls the argument
         train, penalty = self.train, self.penalty
-        optimizer = ProximalSGD(
-            model.parameters(), neurons, regulariser, lr=self.learning_rate(0), momentum=train.momentum, nesterov=train.nesterov,
-            weight_decay=train.weight_decay, every=penalty.interval, revive=penalty.revive, min_alive=penalty.min_alive,
-            depth=penalty.depth, groups=penalty.groups,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "lr": self.learning_rate(0), "weight_decay": train.weight_decay, "every": penalty.interval, "revive": penalty.revive,
+            "min_alive": penalty.min_alive, "depth": penalty.depth, "groups": penalty.groups,
+        }  # fmt: skip
+        optimizer: ProximalOptimizer
+        if train.optimizer == "adamw":
+            betas = (train.adam_betas[0], train.adam_betas[1])
+            optimizer = ProximalAdamW(model.parameters(), neurons, regulariser, betas=betas, eps=train.adam_eps, **options)
+        else:
+            optimizer = ProximalSGD(model.parameters(), neurons, regulariser, momentum=train.momentum, nesterov=train.nesterov, **options)
         optimizer.attach(ddp, max_grad_norm=train.max_grad_norm)
         return ddp, optimizer
 
@@ -128,7 +133,7 @@ class RunState:
     penalty: SparseGroupLasso
     betas: dict[str, float]
     """beta by layer in absolute units, fixed at the start."""
-    optimizer: ProximalSGD
+    optimizer: ProximalOptimizer
     average: MovingAverage | None
     """Moving average of the parameters, where one is asked for."""
     position: Position

@@ -287,11 +287,13 @@ def state_goes_on(rank: int) -> list[str]:
     return different(whole.state(), resumed.state())
 
 
-def with_removal_and_without(rank: int, *, shrink: str) -> dict[str, Any]:
+def with_removal_and_without(rank: int, *, shrink: str, optimizer: str = "sgd") -> dict[str, Any]:
     """The same training twice in float64, each process on data of its own."""
     torch.set_default_dtype(torch.float64)
+    adamw: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.002, "epochs": 0.06, "unit": "absolute"}
+    options = {"epochs": 2.0} if optimizer == "sgd" else adamw
     try:
-        whole, small = (Course(rule, network=NETWORK, epochs=2.0, num_steps=8, seed=rank) for rule in ("never", shrink))
+        whole, small = (Course(rule, network=NETWORK, num_steps=8, seed=rank, **options) for rule in ("never", shrink))
     finally:
         torch.set_default_dtype(torch.float32)
     return {

@@ -5,9 +5,9 @@ import pytest
 from tests.distributed.pair import Pair
 
 
-@pytest.mark.parametrize("shrink", ["7", "10%", "epoch"])
-def test_training_goes_on_as_it_would_have(pair: Pair, shrink: str) -> None:
-    results = pair.run("with_removal_and_without", shrink=shrink)
+@pytest.mark.parametrize(("shrink", "optimizer"), [("7", "sgd"), ("10%", "sgd"), ("epoch", "sgd"), ("7", "adamw")])
+def test_training_goes_on_as_it_would_have(pair: Pair, shrink: str, optimizer: str) -> None:
+    results = pair.run("with_removal_and_without", shrink=shrink, optimizer=optimizer)
     for result in results:
         assert result["difference"] <= 1e-9
         assert result["num_steps"] == 64

@@ -104,7 +104,7 @@ def test_pretrained_weights_of_another_shape_are_refused(no_download: dict[str, 
 
 
 def test_options_of_the_papers_networks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"--network\.width.*bnet, bnet-c, dec8, dec8-640, dec8-768, dec3; resnet18"):
+    with pytest.raises(ValueError, match=r"--network\.width.*bnet, bnet-c, dec8, dec8-640, dec8-768, dec3, vit-mini; resnet18"):
         create_model("resnet18", num_classes=2, width=0.5)
     with pytest.raises(ValueError, match=r"--network\.batch-norm.*dec3; vgg11_bn"):
         create_model("vgg11_bn", num_classes=2, batch_norm=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import dist_gsl
+from dist_gsl.penalty import PerLayer
 from dist_gsl.training import checkpoint, loop, session
 from dist_gsl.training.shrinking import Rule, removable_percent
 from dist_gsl.training.state import RunState, build, build_whole
@@ -79,6 +80,27 @@ def test_so_do_all_its_parts(options: dict[str, Any]) -> None:
     assert same_course("5", network=NETWORK, epochs=2.0, num_steps=6, **options).num_removals >= 3
 
 
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.002, "weight_decay": 0.05}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings(NEVER_SEEN)
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}], ids=str)
+def test_so_does_adamw(options: dict[str, Any]) -> None:
+    assert same_course("5", network={**NETWORK, "batch_norm": True}, epochs=0.06, unit="absolute", num_steps=8, **ADAMW, **options).num_removals >= 3
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings(NEVER_SEEN)
+def test_a_transformer_loses_neurons_of_its_mlps_exactly() -> None:
+    network = {"name": "vit-mini", "num_classes": 5, "width": 0.25}
+    small = same_course("epoch", network=network, epochs=0.008, unit="absolute", num_steps=8, **ADAMW)
+    assert small.num_removals >= 3
+    alive = {name: count for name, count in small.records[-1]["alive"].items() if ".mlp." in name}
+    assert len(alive) == 4
+    assert 0 < sum(alive.values()) < 0.8 * 4 * 64
+
+
 ZOO: dict[str, dict[str, Any]] = {
     "bnet": {"width": 1 / 64, "in_channels": 3, "image_size": 64}, "bnet-c": {"width": 1 / 16, "in_channels": 3, "image_size": 64},
     **{key: {"width": 1 / 32, "in_channels": 3} for key in ("dec8", "dec8-640", "dec8-768")}, "dec3": {"width": 1 / 16},
@@ -145,9 +167,11 @@ def test_dropout_is_drawn_for_the_removed_too() -> None:
     assert {"fc1", "fc2"} & {name.rpartition(".")[2] for name, alive in small.records[-1]["alive"].items() if alive < 64}
 
 
-def test_resumed_after_removals_equals_uninterrupted(tmp_path: Path) -> None:
-    config = replace(TRAIN, shrink="3", ema=0.9)
-    whole, records = trained(config)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resumed_after_removals_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
+    config = replace(TRAIN, shrink="3", ema=0.9, **(ADAMW if optimizer == "adamw" else {}))
+    penalty = replace(PENALTY, unit="absolute", beta=PerLayer(rest=0.06)) if optimizer == "adamw" else PENALTY
+    whole, records = trained(config, penalty)
     saved: list[int] = []
 
     def stop(state: RunState, record: dict[str, Any]) -> None:
@@ -158,11 +182,11 @@ def test_resumed_after_removals_equals_uninterrupted(tmp_path: Path) -> None:
 
     data = TensorBatches()
     part = build(
-        NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(data), device=DEVICE
+        NETWORK, image_shape=(1, 32, 32), train=config, penalty=penalty, steps_per_epoch=len(data), device=DEVICE
     )  # fmt: skip
     with pytest.raises(InterruptedError):
-        loop.train(part, config=config, penalty=PENALTY, training_data=data, validation_data=TensorBatches(), on_epoch=stop)
-    resumed, rest = trained(config, state=checkpoint.load(tmp_path / "kept"))
+        loop.train(part, config=config, penalty=penalty, training_data=data, validation_data=TensorBatches(), on_epoch=stop)
+    resumed, rest = trained(config, penalty, state=checkpoint.load(tmp_path / "kept"))
     assert saved[0] < 0.9 * records[0]["parameters"]
     assert equal(whole, resumed)
     assert rest[-1]["val_loss"] == records[-1]["val_loss"]

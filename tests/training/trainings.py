@@ -92,10 +92,11 @@ class Course:
     """A training that keeps the loss of each step and the parameters that were left before it."""
 
     def __init__(
-        self, shrink: str, *, network: dict[str, Any], epochs: float, num_steps: int, batch_size: int = 8, size: int = 32, seed: int = 0, **options: Any
+        self, shrink: str, *, network: dict[str, Any], epochs: float, num_steps: int, batch_size: int = 8, size: int = 32, seed: int = 0,
+        unit: str = "epochs", **options: Any,
     ) -> None:
         config = replace(TRAIN, epochs=8, batch_size=batch_size * dist.get_world_size(), shrink=shrink, **options)
-        penalty = PenaltyConfig(beta=PerLayer(rest=epochs), unit="epochs", beta_schedule=Schedule(start=1, end=6))
+        penalty = PenaltyConfig(beta=PerLayer(rest=epochs), unit=unit, beta_schedule=Schedule(start=1, end=6))
         data = TensorBatches(num_steps=num_steps, batch_size=batch_size, size=size, channels=network.get("in_channels", 1), seed=seed)
         self.state = build(
             network, image_shape=data.image_shape, train=config, penalty=penalty, steps_per_epoch=num_steps,
