@@ -38,10 +38,19 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.penalty.revive and self.train.ema is not None:
             raise ValueError("penalty.revive and train.ema: a neuron that may come back is never zero in the average; choose one")
+        if self.train.target is not None and (self.penalty.revive or not self.penalty.enabled):
+            raise ValueError(
+                f"train.target {self.train.target} steers a penalty whose dead stay dead; "
+                + ("leave out penalty.revive" if self.penalty.revive else "set a penalty.beta to start from, such as penalty.beta.rest")
+            )
         if self.train.optimizer != "sgd" and self.penalty.unit == "epochs" and self.penalty.enabled:
             raise ValueError(
                 f"penalty.unit epochs counts steps of SGD, train.optimizer is {self.train.optimizer}; set penalty.unit absolute and its betas"
             )
+
+    def without_penalty(self) -> RunConfig:
+        """The same run without penalty: what a baseline is."""
+        return dataclasses.replace(self, penalty=self.penalty.without(), train=dataclasses.replace(self.train, target=None))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings."""

@@ -6,7 +6,6 @@ import contextlib
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def run(
     `ValueError` for what the user gave, before anything is written.
     """
     settled = launch.settled(config)
-    plain = replace(settled, penalty=config.penalty.without())
+    plain = settled.without_penalty()
     # What can be refused without work is refused before any; an error in a worker comes late and far away.
     is_begun(runs_dir, name)  # brings the copies of a URI up to date
     baseline_exists = RunFolder(runs_dir / f"{name}{BASELINE}").config_file.exists()

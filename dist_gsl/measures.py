@@ -40,10 +40,7 @@ def measure(model: nn.Module, neurons: Neurons) -> Measures:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sizes = _Sizes(neurons, parameters)
-    measured = [layer for layer in neurons.all_layers if layer.kind == "conv"]
-    hidden = [layer for layer in neurons.all_layers if layer.pinned != OUTPUTS]  # outputs are no neurons
-    if all(layer.pinned is not None for layer in measured):
-        measured = hidden
+    measured, hidden = measured_layers(neurons), _hidden(neurons)
     last = [layer for layer in neurons.all_layers if layer.kind == "linear"][-1:]
     owned = [piece.tensor for layer in measured for piece in layer.producers]
     conv_tensors = list({parameters[name]: name for name in owned}.values())  # a shared one counts once
@@ -61,6 +58,16 @@ def measure(model: nn.Module, neurons: Neurons) -> Measures:
         total_induced=_percent(induced, sum(sizes.starting(name) for name in both)),
         all_neurons=_percent(sum(layer.num_dead for layer in hidden), sum(layer.starting_neurons for layer in hidden)),
     )
+
+
+def measured_layers(neurons: Neurons) -> list[NeuronLayer]:
+    """Those over which the measures are taken: the convolutions, or all hidden layers where no convolution has neurons to lose."""
+    convolutions = [layer for layer in neurons.all_layers if layer.kind == "conv"]
+    return _hidden(neurons) if all(layer.pinned is not None for layer in convolutions) else convolutions
+
+
+def _hidden(neurons: Neurons) -> list[NeuronLayer]:
+    return [layer for layer in neurons.all_layers if layer.pinned != OUTPUTS]  # outputs are no neurons
 
 
 class _Sizes:

@@ -348,13 +348,14 @@ def starting_betas(
 
 
 def make_penalty(
-    config: PenaltyConfig, neurons: Neurons, *, betas: Mapping[str, float], steps_per_epoch: int
+    config: PenaltyConfig, neurons: Neurons, *, betas: Mapping[str, float], steps_per_epoch: int, factor: Callable[[int], float] | None = None
 ) -> SparseGroupLasso:
-    """The penalty that a config describes over time, with the `betas` that `starting_betas` gave."""
+    """The penalty that a config describes over time, with the `betas` that `starting_betas` gave. factor: of the betas at a step; None: the
+    schedule's."""
     alphas = config.alpha.of([layer.name for layer in neurons])
 
     def beta(layer: str, step: int) -> float:
-        return betas.get(layer, 0.0) * config.beta_schedule.factor(step / steps_per_epoch)
+        return betas.get(layer, 0.0) * (config.beta_schedule.factor(step / steps_per_epoch) if factor is None else factor(step))
 
     def alpha(layer: str, step: int) -> float:
         return alphas.get(layer, 0.0) * config.alpha_schedule.factor(step / steps_per_epoch)

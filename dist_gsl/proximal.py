@@ -183,6 +183,20 @@ class ProximalOptimizer(torch.optim.Optimizer):
     def _update_(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def pull_weights(self, layer: NeuronLayer) -> Tensor:
+        """By how much more than in the identity's metric a proximal step takes from each neuron's norm, (num_neurons,) float64 on the CPU: the mean
+        of 1 / d over the neuron's entries, weighed by their squares."""
+        metric = None if self._operator.metric_of is None else self._operator.metric_of(layer)
+        if not metric:
+            return torch.ones(layer.num_neurons, dtype=torch.float64)
+        parts = self.neurons.parts(layer)
+        squares, weighed = torch.zeros(layer.num_neurons, dtype=torch.float64), torch.zeros(layer.num_neurons, dtype=torch.float64)
+        for part, d in zip(parts, metric, strict=True):
+            entries = part.detach().double().square()
+            squares += entries.reshape(layer.num_neurons, -1).sum(1).cpu()
+            weighed += (entries / d).reshape(layer.num_neurons, -1).sum(1).cpu()
+        return weighed / squares.clamp_min(torch.finfo(torch.float64).tiny)
+
     def mask_gradient_(self, p: Tensor, grad: Tensor) -> None:
         """Clears the gradient of weights that read the dead, in place: it is zero by itself but where the dead give f(0) != 0. A step does
         it; who clips norms by hand before `step()` calls it first."""

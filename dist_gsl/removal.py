@@ -72,7 +72,7 @@ class Removal:
 
     def num_parameters(self) -> int:
         """Entries of all parameters that stay."""
-        return sum(self._num_kept(name, parameter.shape) for name, parameter in self._model.named_parameters())
+        return sum(self.num_kept(name, parameter.shape) for name, parameter in self._model.named_parameters())
 
     def neurons(self, neurons: Neurons, model: nn.Module) -> Neurons:
         """The neurons that remain, bound to the smaller model."""
@@ -129,7 +129,7 @@ class Removal:
         name = f"{prefix}.{weight}" if prefix else weight
         return self._kept(self._first_names[name], 0, model.get_parameter(name).shape[0])
 
-    def _num_kept(self, name: str, shape: Sequence[int]) -> int:
+    def num_kept(self, name: str, shape: Sequence[int]) -> int:
         return math.prod(len(self._kept(name, dim, size)) if (name, dim) in self._gone else size for dim, size in enumerate(shape))
 
     def _kept(self, name: str, dim: int, size: int) -> Tensor:

@@ -26,6 +26,10 @@ def add(commands: Commands) -> None:
     train.add_argument(
         "--baseline", action="store_true", help="train the same without penalty first, and report the gap to it"
     )
+    train.add_argument(
+        "--target", metavar="WHAT=HOW-MUCH",
+        help="what may be left, instead of a beta: neurons=50%%, params=100000, macs=30%% or latency_ms=2.5 (--train.target)",
+    )
     train.add_argument("--baseline-run", metavar="NAME", help="report the gap to an earlier run instead")
     train.add_argument(
         "--from-trial", metavar="ID",
@@ -63,6 +67,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return 0
     else:
         start = recipes.find(options.recipe)
+    if options.target is not None:
+        options.fields = [*options.fields, "--train.target", options.target]
     config = with_overrides(f"train {options.recipe}", start, [*options.fields, *(["--help"] if options.help else [])])
     if options.baseline and options.baseline_run:
         raise ValueError("train: give --baseline or --baseline-run, not both")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dist_gsl.training.shrinking import Rule
+from dist_gsl.training.steering import Target
 
 LOSSES = ("cross-entropy", "square")
 OPTIMIZERS = ("sgd", "adamw")
@@ -57,6 +58,9 @@ class TrainConfig:
     """Memory layout of images and filters; faster on most hardware, about 1.6 times on a CPU for Dec3."""
     ema: float | None = None
     """Decay a step of a moving average of the parameters, which is then what is evaluated and kept; None: off."""
+    target: str | None = None
+    """What may be left: neurons=50%, params=100000, macs=30% or latency_ms=2.5 (an image alone, on a worker). The penalty is steered so that the
+    training meets it by penalty.beta_schedule.end; the betas are where it starts from. None: the betas are what they are."""
     shrink: str = "epoch"
     """When dead neurons leave the training itself, which goes on with the smaller network as it would have gone on with them: "epoch": at
     the end of each; a number N: every N steps; "P%": as soon as P % of the parameters died; "never". With penalty.revive never."""
@@ -104,6 +108,8 @@ class TrainConfig:
             if not is_right:
                 raise ValueError(f"train.{field} is {getattr(self, field)!r}, must be {need}")
         Rule.parse(self.shrink)
+        if self.target is not None:
+            Target.parse(self.target)
         if self.nesterov and self.optimizer != "sgd":
             raise ValueError(f"train.nesterov is a form of SGD's momentum, train.optimizer is {self.optimizer}; leave it out")
         if self.nesterov and self.momentum == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from dist_gsl.penalty import PenaltyConfig
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.shrinking import Rule, shrink
 from dist_gsl.training.state import MicroBatch, Position, RunState
+from dist_gsl.training.steering import shortfall, steer
 from dist_gsl.training.watch import Outside, Watch
 
 
@@ -89,6 +91,7 @@ def train(
                 state.uninformed_loss = _uninformed_loss(state, config, batch.targets)
             totals += train_step(state, config, batch)
             state.position = Position(epoch, step + 1)
+            steer(state, epoch * steps_per_epoch + step + 1)
             shrink(state, rule, epoch * steps_per_epoch + step + 1)
             seconds = time.perf_counter() - began
             state.seconds = seconds_before + seconds
@@ -111,7 +114,7 @@ def train(
             "train_top1": 100 * float(totals[1] / totals[2]),
             **{f"val_{key}": value for key, value in validation.items()},
             "learning_rate": state.optimizer.param_groups[0]["lr"],
-            "beta_factor": penalty.beta_schedule.factor(epoch) if penalty.enabled else 0.0,
+            "beta_factor": _beta_factor(state, penalty, epoch, steps_per_epoch),
             **measure(state.evaluated, state.neurons).as_dict(),
             "parameters": state.num_parameters,
             "workers": world_size,
@@ -124,6 +127,14 @@ def train(
         state.history.append(record)
         on_epoch(state, record)
         watch.end_epoch(state)
+    if rank == 0 and (missing := shortfall(state)) is not None:
+        warnings.warn(missing, stacklevel=2)
+
+
+def _beta_factor(state: RunState, penalty: PenaltyConfig, epoch: int, steps_per_epoch: int) -> float:
+    if not penalty.enabled:
+        return 0.0
+    return penalty.beta_schedule.factor(epoch) if state.steering is None else state.steering.at((epoch + 1) * steps_per_epoch - 1)
 
 
 def _uninformed_loss(state: RunState, config: TrainConfig, targets: Tensor) -> float:

@@ -49,7 +49,9 @@ class PathConfig:
                 raise ValueError(f"path: {name} is {value}, must be at least 1")
 
     def check(self, train: TrainConfig, penalty: PenaltyConfig) -> None:
-        """`ValueError` where nothing is left for the dense network, or neurons could come back."""
+        """`ValueError` where nothing is left for the dense network, neurons could come back, or the strength is not a path's own."""
+        if train.target is not None:
+            raise ValueError(f"path: train.target {train.target} steers the strength, which a path goes through; leave one of them out")
         if penalty.revive:
             raise ValueError("path: penalty.revive lets neurons come back, and a path removes them; leave it out")
         if train.epochs <= self.finish_epochs or train.epochs - self.finish_epochs <= train.warmup_epochs:

@@ -27,6 +27,7 @@ from dist_gsl.removal import Removal
 from dist_gsl.tracing import find_neurons
 from dist_gsl.training import checkpoint
 from dist_gsl.training.config import TrainConfig
+from dist_gsl.training.steering import Cost, Steering, Target
 
 
 @dataclass
@@ -153,6 +154,8 @@ class RunState:
     """Those of this process in each step; None: one."""
     num_micro_batches: int | None = None
     """Of a step over all processes; stays when their number changes."""
+    steering: Steering | None = None
+    """Where a target is given."""
     rate_factor: float = 1.0
     """Of the learning rate; halved by each return to a checkpoint after the training diverged."""
     stays_whole: bool = False
@@ -223,6 +226,7 @@ class RunState:
             "first_loss": self.first_loss,
             "uninformed_loss": self.uninformed_loss,
             "rate_factor": self.rate_factor,
+            "steering": None if self.steering is None else self.steering.state_dict(),
         }
 
 
@@ -310,12 +314,21 @@ def build(
         if state is not None
         else starting_betas(penalty, neurons, steps_per_epoch=steps_per_epoch, learning_rate=setup.learning_rate)
     )
-    regulariser = make_penalty(penalty, neurons, betas=betas, steps_per_epoch=steps_per_epoch)
+    steering = None
+    if train.target is not None:
+        steering = Steering(Target.parse(train.target), penalty, steps_per_epoch=steps_per_epoch, num_steps=train.epochs * steps_per_epoch)
+        if state is not None and state.get("steering") is not None:
+            steering.load_state_dict(state["steering"])
+    regulariser = make_penalty(
+        penalty, neurons, betas=betas, steps_per_epoch=steps_per_epoch, factor=None if steering is None else steering.at
+    )
     memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     neurons = neurons.bound_to(model)
     ddp, optimizer = setup.wrapped(model, neurons, regulariser)
     average = setup.average(model, neurons, None if state is None else state["average"])
+    if steering is not None and steering.budget is None:
+        steering.begin(Cost(steering.target.kind, model, neurons, steering.known))
     position, history = Position(), []
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -324,7 +337,7 @@ def build(
     kept = {} if state is None else {key: state[key] for key in ("totals", "seconds", "first_loss", "uninformed_loss", "rate_factor")}
     return RunState(
         network=dict(network), setup=setup, model=model, ddp=ddp, neurons=neurons, penalty=regulariser, betas=betas,
-        optimizer=optimizer, average=average, position=position, history=history, **kept,
+        optimizer=optimizer, average=average, position=position, history=history, steering=steering, **kept,
     )  # fmt: skip
 
 

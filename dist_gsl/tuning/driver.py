@@ -274,7 +274,7 @@ class Conductor:
         if self.settings.path is not None:
             return paths.config_of(self.settings, record)
         if record.is_baseline:
-            return replace(self.settings.base, penalty=self.settings.base.penalty.without())
+            return self.settings.base.without_penalty()
         return launch.settled(spaces.applied(self.settings.base, record.params))
 
     def result(self, number: int, kind: str, content: Any) -> bool:

@@ -51,7 +51,7 @@ def config_of(settings: SearchSettings, record: TrialRecord) -> RunConfig:
     base = settings.base
     assert settings.path is not None
     if record.is_baseline:
-        return replace(base, penalty=base.penalty.without())
+        return base.without_penalty()
     epochs = settings.path.branch(base.train, record.number).epochs
     return replace(base, penalty=at_strength(base.penalty, record.params[FIELD]), train=replace(base.train, epochs=epochs))
 

@@ -302,6 +302,17 @@ def with_removal_and_without(rank: int, *, shrink: str, optimizer: str = "sgd") 
     }  # fmt: skip
 
 
+def steered(rank: int) -> dict[str, Any]:
+    """A training with a target, each process on data of its own."""
+    course = Course("7", network=NETWORK, epochs=20.0, num_steps=8, seed=rank, target="neurons=40%")
+    steering = course.state.steering
+    assert steering is not None
+    return {
+        "factor": steering.factor, "budget": steering.budget, "alive": course.records[-1]["alive"],
+        "factors": [record["beta_factor"] for record in course.records], "masks": {layer.name: layer.mask.tolist() for layer in course.state.neurons},
+    }  # fmt: skip
+
+
 def with_buffers_of_the_first(rank: int, *, ema: float | None) -> dict[str, Any]:
     """The same training twice, each process on data of its own: DDP hands out the first one's buffers before each forward, or does not."""
     courses = []

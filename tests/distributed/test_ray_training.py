@@ -141,6 +141,14 @@ def test_a_collapsing_layer_is_named(directory: Path, capsys: pytest.CaptureFixt
     assert min(layer["alive"] for layer in report["layers"]) >= 1
 
 
+def test_a_budget_is_met(directory: Path) -> None:
+    schedule = ["--train.epochs", "8", "--penalty.beta-schedule.start", "1", "--penalty.beta-schedule.end", "6"]
+    assert main(["train", "digits", "--name", "budget", "--target", "neurons=60%", "--no-tracking", *schedule]) == 0
+    report = json.loads((directory / "runs" / "budget" / "report.json").read_text())
+    assert 40 <= report["neurons"] <= 42
+    assert report["compact"]["max_abs_difference"] < 1e-9
+
+
 def test_final_reads_the_test_split(directory: Path) -> None:
     assert main(["report", "runs/first", "--final"]) == 0
     report = json.loads((directory / "runs" / "first" / "report.json").read_text())

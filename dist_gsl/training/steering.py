@@ -1,0 +1,349 @@
+"""Steering the penalty so that a training ends with what a budget allows. Imports torch alone.
+
+The strength of the penalty is a number whose meaning nobody knows before the training; how large a network may be is often known. So one
+factor of all betas is set anew several times an epoch. At each look every neuron tells, by how its norm moved since the last one, how much
+the loss supports it, and so at which factor it would just be gone when the penalty ends: its lethal factor. The factor of them all at which
+what is left meets the budget is the one to go on with. When the budget is met the penalty ends.
+
+Nothing else changes: a neuron dies of the proximal step alone, and what is dead stays dead.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_gsl.measures import measured_layers
+from dist_gsl.neurons import NeuronLayer, Neurons
+from dist_gsl.penalty import PenaltyConfig, row_norms
+from dist_gsl.removal import Removal, copied
+from dist_gsl.timing import latency_ms
+
+if TYPE_CHECKING:
+    from dist_gsl.training.state import RunState
+
+KINDS = ("neurons", "params", "macs", "latency_ms")
+LOOKS_PER_EPOCH = 16
+"""Looks at the neurons in an epoch of the penalty; more where the budget is near."""
+FASTEST = 2.0
+"""Times by which a look changes the factor at most."""
+LARGEST = 1e4
+"""Times the given beta that the factor is at most."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What may be left of a network."""
+
+    kind: str
+    """neurons (of the convolutions, as in the paper's measure; of all hidden layers where there are none), params, macs (multiply-adds of an image),
+    or latency_ms (an image alone, on the device that trains)."""
+    value: float
+    is_percent: bool
+    """`value` is a percentage of the starting network."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}{'%' if self.is_percent else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """ "neurons=50%", "params=100000", "macs=30%", "latency_ms=2.5". `ValueError` for another text."""
+        matched = re.fullmatch(r"([a-z_]+) ?= ?([0-9]*\.?[0-9]+(?:e[0-9]+)?) ?(%?)", text)
+        if matched is None or matched[1] not in KINDS:
+            raise ValueError(f"train.target is {text!r}, must say what may be left, such as neurons=50%, params=100000, macs=30% or latency_ms=2.5")
+        value, is_percent = float(matched[2]), matched[3] == "%"
+        if value <= 0 or (is_percent and value >= 100):
+            raise ValueError(f"train.target is {text!r}, must be above 0{' and below 100' if is_percent else ''}")
+        return cls(matched[1], value, is_percent)
+
+
+class Cost:
+    """What a network costs in the unit of a target, with any of its neurons."""
+
+    def __init__(self, kind: str, model: nn.Module, neurons: Neurons, known: list[tuple[float, float]] | None = None) -> None:
+        """The model is on the device that trains; it is left as it is. known: (multiply-adds, milliseconds) of networks that were timed; those that
+        are timed here are added."""
+        self.kind, self._model, self._neurons = kind, model, neurons
+        self._positions = positions_of_weights(model, neurons) if kind in ("macs", "latency_ms") else {}
+        self._shapes = {name: model.get_parameter(name).shape for name in self._positions}
+        self._known = [] if known is None else known
+
+    def whole(self) -> float:
+        """Of the starting network, before anything is removed."""
+        if self.kind == "latency_ms":
+            return self.now()
+        return self.of({layer.name: torch.ones(layer.num_neurons, dtype=torch.bool) for layer in self._neurons})
+
+    def of(self, keep: Mapping[str, Tensor]) -> float:
+        """With the neurons of `keep`, {layer name: bool (num_neurons,)}, alone. Milliseconds are those of the nearest networks that were timed, by
+        their multiply-adds."""
+        if self.kind == "neurons":
+            return sum(int(keep[layer.name].sum()) if layer.name in keep else layer.num_neurons for layer in measured_layers(self._neurons))
+        removal = Removal(self._neurons, keep)
+        if self.kind == "params":
+            return removal.num_parameters()
+        return self._macs(removal) if self.kind == "macs" else self._milliseconds(self._macs(removal))
+
+    def now(self) -> float:
+        """With those that live."""
+        keep = {layer.name: layer.alive() for layer in self._neurons}
+        if self.kind == "latency_ms":
+            removal = Removal(self._neurons, keep)
+            macs = self._macs(removal)
+            device = next(self._model.parameters()).device
+            small = removal.model(self._model).eval()
+            self._known.append((macs, latency_ms(small, example=torch.zeros(1, *self._neurons.input_shape[1:], device=device), repeats=30, seconds=0.5)))
+        return self.of(keep)
+
+    def _macs(self, removal: Removal) -> float:
+        return sum(positions * removal.num_kept(name, self._shapes[name]) for name, positions in self._positions.items())
+
+    def _milliseconds(self, macs: float) -> float:
+        if not self._known:
+            return math.inf
+        (near, ms), *_ = sorted(self._known, key=lambda each: abs(each[0] - macs))
+        (far, other), *_ = sorted(self._known, key=lambda each: -abs(each[0] - near))
+        slope = (other - ms) / (far - near) if abs(far - near) > 0.05 * near else ms / near
+        return ms + max(slope, 0.0) * (macs - near)
+
+
+def positions_of_weights(model: nn.Module, neurons: Neurons) -> dict[str, float]:
+    """{name of a convolution's or linear layer's weight: multiply-adds of one image over the weight's entries}, by one forward pass."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, float] = {}
+    copy = copied(model, lambda _, tensor: tensor.detach().clone()).eval()
+    twins = dict(zip((id(p) for p in copy.parameters()), (names[id(p)] for p in model.parameters()), strict=True))
+
+    def count(weight: Tensor | None, images: int, outputs: int) -> None:
+        if weight is not None and weight.numel():
+            name = twins[id(weight)]
+            found[name] = found.get(name, 0.0) + outputs / images
+
+    def of_module(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            tokens = inputs[0].numel() // module.embed_dim
+            for weight in (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight, module.out_proj.weight):
+                count(weight, images, tokens)
+        elif isinstance(module, nn.Linear):
+            count(module.weight, images, output.numel() // max(1, module.out_features))
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+            count(module.weight, images, inputs[0].numel() // max(1, module.in_channels))
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            count(module.weight, images, output.numel() // max(1, module.out_channels))
+
+    images = neurons.input_shape[0]
+    hooks = [module.register_forward_hook(of_module) for module in copy.modules()]
+    with torch.no_grad():
+        copy(torch.zeros(neurons.input_shape, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+class Steering:
+    """The factor of all betas over a training, one for all processes.
+
+    `after_step` is called in every process after every step; `look` where `is_due` says so, in every process too: the first process
+    decides, and `decided` takes its decision over.
+    """
+
+    def __init__(self, target: Target, config: PenaltyConfig, *, steps_per_epoch: int, num_steps: int) -> None:
+        """num_steps: of the whole training."""
+        self.target = target
+        self.factor = 1.0
+        """Of the betas that were given; 0 once the budget is met."""
+        self.budget: float | None = None
+        """What may be left, in the target's unit; known once the network is."""
+        self._schedule, self._steps_per_epoch, self._num_steps = config.beta_schedule, steps_per_epoch, num_steps
+        self._next_look = 0
+        self._norms: dict[str, Tensor] = {}
+        """At the last look, (starting_neurons,) each."""
+        self._pulled: dict[str, float] = {}
+        """By layer, what the penalty has taken from the norm of each of its neurons since then."""
+        self._moved = 0.0
+        """Sum of the learning rates since then."""
+        self.left: float | None = None
+        """What was left at the last look."""
+        self.known: list[tuple[float, float]] = []
+        """(multiply-adds, milliseconds) of networks that were timed."""
+
+    def begin(self, cost: Cost) -> None:
+        """Of a training that starts: takes what a percentage is of."""
+        self.budget = self.target.value if not self.target.is_percent else cost.whole() * self.target.value / 100
+
+    @property
+    def is_met(self) -> bool:
+        return self.factor == 0
+
+    def at(self, step: int) -> float:
+        """Factor of the given betas at a step: the schedule's start and ramp, then as steered until the budget is met."""
+        epoch = step / self._steps_per_epoch
+        start, ramp = self._schedule.start, self._schedule.ramp
+        if epoch < start:
+            return 0.0
+        return self.factor * (1.0 if ramp == 0 else min(1.0, (epoch - start) / ramp))
+
+    @property
+    def _end(self) -> int:
+        """The step by which the budget is to be met."""
+        end = self._schedule.end
+        return self._num_steps if end is None else min(self._num_steps, round(end * self._steps_per_epoch))
+
+    def _until(self, step: int) -> int:
+        """The step by which the budget is to be met, seen from another. Where the schedule has ended without it, half an epoch later, and so on: a time
+        that comes, as one that moves on with the steps would be aimed at for ever."""
+        late = max(1, self._steps_per_epoch // 2)
+        return min(self._num_steps, self._end + late * max(0, -(-(step + 1 - self._end) // late)))
+
+    def after_step(self, pulls: Mapping[str, float], learning_rate: float) -> None:
+        """pulls: {layer name: what the step's penalty took from a norm}."""
+        self._moved += learning_rate
+        for name, pull in pulls.items():
+            self._pulled[name] = self._pulled.get(name, 0.0) + pull
+
+    def is_due(self, step: int) -> bool:
+        """After a step, counted from 1."""
+        return not self.is_met and step >= self._next_look and self.at(step) > 0
+
+    def look(
+        self, neurons: Neurons, cost: Cost, *, step: int, pull_of: Callable[[NeuronLayer], float], weights_of: Callable[[NeuronLayer], Tensor],
+        learning_rate: Callable[[int], float], min_alive: Callable[[NeuronLayer], int],
+    ) -> tuple[float, int]:
+        """(factor, step of the next look), by the first process.
+
+        pull_of: what the penalty takes from a norm of a layer's neurons per unit of learning rate at a factor of 1, in the identity's metric;
+        weights_of: times it in the optimizer's, (num_neurons,). learning_rate: of a step.
+        """
+        assert self.budget is not None
+        interval = max(1, self._steps_per_epoch // LOOKS_PER_EPOCH)
+        self.left = left = cost.now()
+        if left <= self.budget:
+            return 0.0, step
+        norms = {layer.name: layer.in_starting_network(torch.where(layer.mask, _norms(neurons, layer), 0.0)) for layer in neurons}
+        before, self._norms = self._norms, norms
+        moved, self._moved = self._moved, 0.0
+        pulled, self._pulled = self._pulled, {}
+        if not before or moved == 0:
+            return self.factor, step + interval
+        until = self._until(step)
+        ahead = math.fsum(learning_rate(each) for each in range(step, until))
+        if ahead == 0:
+            return self.factor, step + interval
+        lethal = {}
+        for layer in neurons:
+            norm, last = (each[layer.name][layer.indices] for each in (norms, before))
+            weights = weights_of(layer)
+            support = (pulled.get(layer.name, 0.0) * weights - (last - norm)) / moved
+            pull = pull_of(layer) * weights
+            factors = ((norm / ahead + support) / pull).clamp_min(0).nan_to_num(nan=math.inf)
+            factors[~layer.mask] = 0.0
+            fewest = min(min_alive(layer), int(layer.mask.sum()))
+            if fewest:
+                factors[factors.topk(fewest).indices] = math.inf
+            lethal[layer.name] = factors
+        wanted = self._least(lethal, cost)
+        factor = min(max(wanted, self.factor / FASTEST), self.factor * FASTEST, LARGEST)
+        return factor, step + self._steps_to_next(lethal, cost, left=left, factor=factor, ahead=until - step, interval=interval)
+
+    def _least(self, lethal: Mapping[str, Tensor], cost: Cost) -> float:
+        """The smallest factor that leaves no more than the budget."""
+        assert self.budget is not None
+        candidates = torch.cat([factors[factors.isfinite()] for factors in lethal.values()]).unique()
+        low, high = 0, len(candidates)  # of candidates[: high] dying the budget is met, or none are left
+        while low < high:
+            middle = (low + high) // 2
+            at = float(candidates[middle])
+            if cost.of({name: factors > at for name, factors in lethal.items()}) <= self.budget:
+                high = middle
+            else:
+                low = middle + 1
+        return float(candidates[min(low, len(candidates) - 1)]) if len(candidates) else self.factor
+
+    def _steps_to_next(self, lethal: Mapping[str, Tensor], cost: Cost, *, left: float, factor: float, ahead: int, interval: int) -> int:
+        """Fewer where much of what is above the budget will be gone by then."""
+        assert self.budget is not None
+        for steps in (interval, interval // 2, interval // 4, interval // 8):
+            if steps > 1:
+                # A neuron with lethal factor L is gone after about L / factor of the way.
+                gone = {name: factors > factor * min(1.0, 2 * steps / max(1, ahead)) for name, factors in lethal.items()}
+                if left - cost.of(gone) < 0.5 * (left - self.budget):
+                    return steps
+        return 1
+
+    def decided(self, factor: float, next_look: int) -> None:
+        self.factor, self._next_look = factor, next_look
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "factor": self.factor, "budget": self.budget, "next_look": self._next_look, "norms": dict(self._norms), "pulled": dict(self._pulled),
+            "moved": self._moved, "left": self.left, "known": [list(each) for each in self.known],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.factor, self.budget, self._next_look = float(state["factor"]), state["budget"], int(state["next_look"])
+        self._norms, self._pulled, self._moved = dict(state["norms"]), dict(state["pulled"]), float(state["moved"])
+        self.left, self.known = state["left"], [(float(macs), float(ms)) for macs, ms in state["known"]]
+
+
+def _norms(neurons: Neurons, layer: NeuronLayer) -> Tensor:
+    if layer.num_neurons == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    return row_norms(neurons.parts(layer)).detach().double().cpu()
+
+
+def shortfall(state: RunState) -> str | None:
+    """Of a training that is over: what is left more than its target allows."""
+    steering = state.steering
+    if steering is None or steering.is_met or steering.budget is None:
+        return None
+    left = Cost(steering.target.kind, state.model, state.neurons, steering.known).now()
+    if left <= steering.budget:
+        return None
+    return (
+        f"train.target {steering.target}: {left:.6g} are left where {steering.budget:.6g} may be; more epochs, or a later penalty.beta_schedule.end, "
+        "or larger betas to start from"
+    )
+
+
+L1_OF_GAUSSIAN = math.sqrt(2 / math.pi)
+"""The L1 norm of a row over its L2 norm and the root of its length, where its entries are normal."""
+
+
+def pull_of(beta: float, alpha: float, group_size: int) -> float:
+    """What a proximal step takes from a neuron's norm over its t, about: exact for alpha = 0."""
+    return beta * math.sqrt(group_size) * ((1 - alpha) + alpha * L1_OF_GAUSSIAN)
+
+
+def steer(state: RunState, step: int) -> None:
+    """Every process calls it after every step, counted from 1 over the whole run."""
+    steering = state.steering
+    if steering is None or steering.is_met:
+        return
+    rate, penalty = state.optimizer.param_groups[0]["lr"], state.penalty
+    steering.after_step(
+        {layer.name: rate * pull_of(*penalty.strength(layer.name, step - 1), layer.group_size) for layer in state.neurons}, rate
+    )
+    if not steering.is_due(step):
+        return
+    decision = torch.zeros(2, dtype=torch.float64)
+    if dist.get_rank() == 0:
+        decision[:] = torch.tensor(
+            steering.look(
+                state.neurons, Cost(steering.target.kind, state.model, state.neurons, steering.known), step=step,
+                pull_of=lambda layer: pull_of(state.betas.get(layer.name, 0.0), penalty.strength(layer.name, step)[1], layer.group_size),
+                weights_of=state.optimizer.pull_weights, learning_rate=lambda each: state.rate_factor * state.setup.learning_rate(each),
+                min_alive=lambda layer: 0 if state.optimizer.depth and layer.bypassed else state.optimizer.min_alive,
+            ),
+            dtype=torch.float64,
+        )  # fmt: skip
+    decision = decision.to(state.setup.device)
+    dist.broadcast(decision, 0)
+    factor, next_look = decision.tolist()
+    steering.decided(factor, int(next_look))

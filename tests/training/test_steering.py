@@ -1,0 +1,212 @@
+"""A budget instead of a beta: what a network costs, and that trainings end with what the budget allows."""
+
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_gsl import compact, create_model, find_neurons
+from dist_gsl.config import RunConfig
+from dist_gsl.neurons import Neurons
+from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule
+from dist_gsl.training import checkpoint, loop
+from dist_gsl.training.config import TrainConfig
+from dist_gsl.training.path import PathConfig
+from dist_gsl.training.state import RunState, build
+from dist_gsl.training.steering import Cost, Steering, Target, positions_of_weights
+from tests.device import DEVICE
+from tests.training.trainings import NETWORK, TRAIN, TensorBatches, equal, trained
+
+PENALTY = PenaltyConfig(beta=PerLayer(rest=3.0), unit="epochs", beta_schedule=Schedule(start=1, end=6))
+LONGER = replace(TRAIN, epochs=8)
+FORCED = "ignore:layer .* would kill every neuron"
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [("neurons=50%", Target("neurons", 50, True)), ("params=1e5", Target("params", 1e5, False)), ("macs = 12.5 %", Target("macs", 12.5, True)),
+     ("latency_ms=.5", Target("latency_ms", 0.5, False)), ("neurons=40", Target("neurons", 40, False))],
+)  # fmt: skip
+def test_targets(text: str, target: Target) -> None:
+    assert Target.parse(text) == target
+    assert Target.parse(str(target)) == target
+
+
+@pytest.mark.parametrize("text", ["", "50%", "neurons", "neurons=", "neurons=-3", "neuron=50%", "neurons=50%%", "params=1e5x", "neurons=nan"])
+def test_other_targets_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"train\.target is .*must say what may be left, such as neurons=50%"):
+        replace(TRAIN, target=text)
+
+
+@pytest.mark.parametrize(("text", "need"), [("neurons=0", "above 0$"), ("params=100%", "above 0 and below 100"), ("macs=0%", "above 0 and below 100")])
+def test_targets_out_of_range_are_refused(text: str, need: str) -> None:
+    with pytest.raises(ValueError, match=need):
+        replace(TRAIN, target=text)
+
+
+def test_what_cannot_be_steered_is_refused() -> None:
+    with pytest.raises(ValueError, match="set a penalty.beta to start from"):
+        RunConfig(train=TrainConfig(target="neurons=50%"))
+    with pytest.raises(ValueError, match=r"leave out penalty\.revive"):
+        RunConfig(train=TrainConfig(target="neurons=50%"), penalty=PenaltyConfig(beta=PerLayer(rest=0.1), revive=True))
+    with pytest.raises(ValueError, match=r"path: train\.target"):
+        PathConfig().check(TrainConfig(target="neurons=50%"), PENALTY)
+    config = RunConfig(train=TrainConfig(target="neurons=50%"), penalty=PENALTY)
+    assert config.without_penalty().train.target is None
+
+
+# --- what a network costs
+
+
+def half_dead(name: str, **options: Any) -> tuple[nn.Module, Neurons]:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, **options)
+    size = options.get("image_size", 32)
+    neurons = find_neurons(model, torch.zeros(2, options.get("in_channels", 1), size, size))
+    neurons.zero_({layer.name: range(0, layer.num_neurons, 2) for layer in neurons if layer.num_neurons > 1})
+    return model, neurons
+
+
+ZOO: dict[str, dict[str, Any]] = {
+    "dec3": {"width": 1 / 16}, "bnet": {"width": 1 / 64, "in_channels": 3, "image_size": 64}, "vit-mini": {"width": 0.5},
+    "resnet18": {"in_channels": 3, "image_size": 64}, "mobilenet_v2": {"in_channels": 3, "image_size": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_costs_are_those_of_the_network_that_is_left(name: str) -> None:
+    model, neurons = half_dead(name, **ZOO[name])
+    small = compact(model, neurons).model
+    for kind, expected in (
+        ("params", float(sum(p.numel() for p in small.parameters()))),
+        ("neurons", float(sum(int(layer.mask.sum()) for layer in neurons))),
+        ("macs", multiply_adds(small, neurons.input_shape)),
+    ):
+        if kind == "neurons" and name != "dec3":
+            continue  # others count layers that cannot lose any, or do not count all that can
+        assert Cost(kind, model, neurons).now() == expected
+        assert Cost(kind, model, neurons).whole() > expected
+
+
+def multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> float:
+    """Of convolutions and linear layers for one image, by torch's own count, without what attention multiplies beside its weights."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(torch.zeros(1, *shape[1:]))
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if str(operation) in ("aten.convolution", "aten.addmm", "aten.mm")) / 2
+
+
+def test_multiply_adds_of_a_transposed_convolution() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    neurons = find_neurons(model, torch.zeros(2, 3, 5, 5))
+    assert positions_of_weights(model, neurons) == {"0.weight": 25, "2.weight": 100}
+
+
+def test_milliseconds_are_measured_and_follow_multiply_adds() -> None:
+    model, neurons = half_dead("dec3", width=0.25)
+    known: list[tuple[float, float]] = []
+    cost = Cost("latency_ms", model, neurons, known)
+    now = cost.now()
+    assert len(known) == 1
+    assert 0 < now < 1000
+    every = {layer.name: torch.ones(layer.num_neurons, dtype=torch.bool) for layer in neurons}
+    macs = Cost("macs", model, neurons)
+    assert cost.of(every) == pytest.approx(now * macs.of(every) / macs.now())
+    known.append((2 * macs.now(), 3 * now))
+    assert cost.of(every) == pytest.approx(now + 2 * now * (macs.of(every) / macs.now() - 1), rel=0.5)
+
+
+# --- what becomes of a training
+
+
+@pytest.mark.filterwarnings(FORCED)
+@pytest.mark.parametrize("beta", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("target", ["neurons=70%", "neurons=30%", "params=25%", "macs=60%"])
+def test_a_training_ends_with_its_budget(target: str, beta: float) -> None:
+    """Whatever beta it starts from."""
+    state, records = trained(replace(LONGER, target=target), replace(PENALTY, beta=PerLayer(rest=beta)))
+    steering = state.steering
+    assert steering is not None
+    assert steering.budget is not None
+    whole = steering.budget / float(target.partition("=")[2][:-1]) * 100
+    left = Cost(steering.target.kind, state.model, state.neurons).now()
+    assert steering.is_met
+    assert steering.budget - 0.06 * whole <= left <= steering.budget  # a network of so few neurons, each of which is a percent
+    assert records[-1]["beta_factor"] == 0
+    assert len({record["neurons"] for record in records[-2:]}) == 1  # the penalty is over
+
+
+def test_milliseconds_are_a_budget_too() -> None:
+    state, _ = trained(replace(TRAIN, epochs=1, warmup_epochs=0.0), PENALTY.without())
+    whole = Cost("latency_ms", state.model, state.neurons).now()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a millisecond asks for today, a layer of few neurons may not have
+        state, records = trained(replace(LONGER, target=f"latency_ms={0.75 * whole:.6f}"), PENALTY)
+    assert state.steering is not None
+    assert records[-1]["neurons"] > 0
+    assert len(state.steering.known) > 3
+
+
+@pytest.mark.filterwarnings(FORCED)
+def test_a_budget_that_is_not_met_is_told() -> None:
+    short = PenaltyConfig(beta=PerLayer(rest=1e-6), beta_schedule=Schedule(start=3.7))
+    with pytest.warns(UserWarning, match=r"train\.target neurons=10%: \d+ are left where 9\.9 may be; more epochs"):
+        trained(replace(TRAIN, target="neurons=10%"), short)
+
+
+@pytest.mark.filterwarnings(FORCED)
+def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    config = replace(LONGER, target="neurons=40%", shrink="3")
+    whole, records = trained(config, PENALTY)
+
+    def stop(state: RunState, record: dict[str, Any]) -> None:
+        if record["epoch"] == 3:
+            checkpoint.save(state.state_dict(), tmp_path / "kept")
+            raise InterruptedError
+
+    data = TensorBatches()
+    part = build(NETWORK, image_shape=(1, 32, 32), train=config, penalty=PENALTY, steps_per_epoch=len(data), device=DEVICE)
+    with pytest.raises(InterruptedError):
+        loop.train(part, config=config, penalty=PENALTY, training_data=data, validation_data=TensorBatches(), on_epoch=stop)
+    assert part.steering is not None
+    assert 0 < part.steering.factor != 1
+    resumed, rest = trained(config, PENALTY, state=checkpoint.load(tmp_path / "kept"))
+    assert equal(whole, resumed)
+    assert rest[-1]["val_loss"] == records[-1]["val_loss"]
+
+
+def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
+    """Neurons that nothing supports lose what the penalty takes: the factor at which so many of them are gone in time is exact."""
+    model = nn.Sequential(nn.Linear(1, 10, bias=False), nn.ReLU(), nn.Linear(10, 1))
+    neurons = find_neurons(model, torch.zeros(2, 1))
+    steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200)
+    steering.budget = 4.0
+    cost = Cost("neurons", model, neurons)
+    norms = torch.arange(1.0, 11.0)
+    options: dict[str, Any] = {
+        "pull_of": lambda layer: 2.0, "weights_of": lambda layer: torch.ones(10, dtype=torch.float64), "learning_rate": lambda step: 0.1,
+        "min_alive": lambda layer: 1,
+    }  # fmt: skip
+    with torch.no_grad():
+        model[0].weight[:, 0] = norms
+        steering.look(neurons, cost, step=20, **options)
+        steering.after_step({"0": 0.2}, 0.1)
+        model[0].weight[:, 0] = norms - 0.2
+        factor, next_look = steering.look(neurons, cost, step=21, **options)
+    # 75 steps are left, of 0.1 * 2 * factor each: six of ten are gone if that is the norm of the sixth.
+    assert factor == pytest.approx(max(5.8 / (75 * 0.2), 0.5))
+    assert next_look == 22
+    steering.decided(0.5, 22)
+    steering.after_step({"0": 0.1}, 0.1)
+    with torch.no_grad():  # all are supported by half of what is taken
+        model[0].weight[:, 0] = norms - 0.2 - 0.05
+        factor, _ = steering.look(neurons, cost, step=22, **options)
+    assert factor == pytest.approx((5.75 / (74 * 0.1) + 0.5) / 2, rel=1e-5)
+    assert math.isfinite(factor)
