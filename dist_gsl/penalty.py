@@ -51,13 +51,15 @@ def norms_in_metric(weighted: Sequence[Tensor], metric: Sequence[Tensor], thresh
     weighted: D s; metric: the diagonal of D, all above 0. z is 0 where |D s| <= threshold, and else D s / (D + threshold / nu), so that nu solves
     |D s / (D nu + threshold)| = 1. That has no closed form unless D is a multiple of the identity. The left side to the power of -1 is concave
     and rises with nu, as in the secular equation of a trust region (Moré and Sorensen 1983): so Newton's method on it never passes the root.
-    It starts where the root is if D is its largest entry times the identity.
+    It starts where the root is if all of D were its largest entry, below which the root never is.
     """
     norms = row_norms(weighted)
     if threshold == 0:
         return row_norms([a / d for a, d in zip(weighted, metric, strict=True)])
-    largest = torch.stack([d.flatten(1).amax(1) if d.dim() > 1 else d for d in metric]).amax(0)
-    nu = ((norms - threshold) / largest).clamp_min(0)
+    tiny = torch.finfo(norms.dtype).tiny
+    # What is 0 is not looked at: its metric may be anything, and the start would be far from the root. Parts of an emptied branch have no entries.
+    largest = [torch.where(a != 0, d, 0).reshape(len(d), -1) for a, d in zip(weighted, metric, strict=True) if d.numel()]
+    start = nu = (norms - threshold).clamp_min(0) / torch.stack([d.amax(1) for d in largest]).amax(0).clamp_min(tiny)
     for _ in range(NUM_ROOT_STEPS):
         square, slope = torch.zeros_like(nu), torch.zeros_like(nu)
         for a, d in zip(weighted, metric, strict=True):
@@ -66,15 +68,15 @@ def norms_in_metric(weighted: Sequence[Tensor], metric: Sequence[Tensor], thresh
             square += terms.flatten(1).sum(1) if terms.dim() > 1 else terms
             terms.mul_(d).div_(below)
             slope += terms.flatten(1).sum(1) if terms.dim() > 1 else terms
-        nu = nu + (square.sqrt() - 1) * square / slope.clamp_min(torch.finfo(nu.dtype).tiny)
+        nu = torch.maximum(nu + (square.sqrt() - 1) * square / slope.clamp_min(tiny), start)  # rounding may take it below
         nu = torch.where(norms <= threshold, 0, nu)
     return nu
 
 
 def _in_metric(weighted: Tensor, metric: Tensor, norms: Tensor, threshold: float) -> Tensor:
-    """z of `norms_in_metric` for one part of the neurons."""
+    """z of `norms_in_metric` for one part of the neurons; what is not finite stays so."""
     nu = _along(norms, metric)
-    return torch.where(nu > 0, weighted * nu / (metric * nu + threshold), 0)
+    return torch.where(nu == 0, 0, weighted * nu / (metric * nu + threshold))
 
 
 def _along(values: Tensor, part: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class SparseGroupLasso:
             weighted = [soft_threshold(part * d, cut) for part, d in zip(parts, metric, strict=True)]
             factors = norms_in_metric(weighted, metric, threshold)
             after = [_in_metric(a, d, factors, threshold) for a, d in zip(weighted, metric, strict=True)]
-        dead, kept = dying(parts, factors, min_alive=min_alive)
+        dead, kept = dying(parts if metric is None else weighted, factors, min_alive=min_alive)
         for part, new in zip(parts, after, strict=True):
             saved = None if kept is None else part[kept].clone()
             part.copy_(new)

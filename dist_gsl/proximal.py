@@ -233,6 +233,9 @@ class ProximalOptimizer(torch.optim.Optimizer):
         state, name = dict(state_dict), type(self).__name__
         if "neurons" not in state:
             raise ValueError(f"{name}: the state has no neurons: it is another optimizer's, load a {name}'s")
+        lacking = [key for group in state["param_groups"] for key in self.defaults if key not in group]
+        if lacking:
+            raise ValueError(f"{name}: the state has no {lacking[0]!r}: it is another optimizer's, load a {name}'s")
         self.neurons.load_state_dict(state.pop("neurons"))
         self._operator.forget()
         self.num_steps, self._since_prox = int(state.pop("num_steps")), [float(t) for t in state.pop("since_prox")]
@@ -353,6 +356,9 @@ class ProximalAdamW(ProximalOptimizer):
         for piece in layer.producers:
             p = self.neurons.parameter(piece.tensor)
             group, state = self.param_groups[self._group_of[p]], self.state.get(p)
+            if p.numel() == 0:  # all that it read was a branch that is gone
+                metric.append(piece.rows(p.detach()))
+                continue
             if not state:
                 return []
             bias = 1 - group["betas"][1] ** float(state["step"])

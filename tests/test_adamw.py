@@ -1,6 +1,7 @@
 """ProximalAdamW: against torch's AdamW, against a plain loop over neurons; death; DDP's hook; saving; removal in training."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,72 @@ def test_training_with_removal_is_training_without(alpha: float) -> None:
     assert num_dead(neurons) > removed
     for layer, same in zip(neurons, result.neurons, strict=True):
         assert same.indices[same.mask].tolist() == layer.mask.nonzero().flatten().tolist()
+
+
+class Residual(nn.Module):
+    """A branch all of whose neurons may go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2, self.head = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (x + self.conv2(self.conv1(x).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:layer .* would kill every neuron")
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_branch_that_is_gone_leaves_the_others_to_the_penalty(fresh: bool) -> None:
+    """What read it has no entries any more, no gradient and no moments."""
+    torch.manual_seed(0)
+    model = Residual().double()
+    optimizer, neurons = optimizer_of(model, beta=1e-6)
+    data = list(batches(40, dtype=torch.float64))
+    train_step(model, optimizer.step, data[0])
+    assert neurons["conv1"].bypassed
+    neurons.zero_({"conv1": range(4)})
+    result = compact(model, neurons, optimizer)
+    assert result.widths["conv1"] == 0
+    small = ProximalAdamW(result.model.parameters(), result.neurons, SparseGroupLasso(beta=1.0), lr=0.003)
+    if not fresh:
+        assert result.optimizer_state is not None
+        small.load_state_dict(copy.deepcopy(result.optimizer_state))
+    for batch in data[1:]:
+        assert math.isfinite(train_step(result.model, small.step, batch))
+    assert sum(int(layer.mask.sum()) for layer in result.neurons) == 1  # min_alive
+
+
+def test_a_state_of_sgd_is_refused_and_changes_nothing() -> None:
+    model = chain()
+    optimizer, neurons = optimizer_of(model, beta=0.1)
+    other = ProximalSGD(model.parameters(), find_neurons(model, torch.randn(2, *IMAGE)), SparseGroupLasso(beta=0.1), lr=0.1)
+    other.neurons.zero_({"conv1": [0]})
+    with pytest.raises(ValueError, match="ProximalAdamW: the state has no 'betas': it is another optimizer's"):
+        optimizer.load_state_dict(other.state_dict())
+    assert num_dead(neurons) == 0
+
+
+def test_a_gradient_that_is_not_finite_is_not_hidden() -> None:
+    model = chain()
+    optimizer, _ = optimizer_of(model, beta=1e-3)
+    for number, batch in enumerate(batches(3)):
+        if number == 1:
+            handle = model.get_parameter("conv1.weight").register_hook(lambda grad: grad * torch.nan)
+            train_step(model, optimizer.step, batch)
+            handle.remove()
+        else:
+            train_step(model, optimizer.step, batch)
+    assert not model.get_parameter("conv1.weight").isfinite().all()
+
+
+def test_the_neuron_that_min_alive_keeps_is_the_last_that_would_die() -> None:
+    """By the norm that decides death, which weighs entries by how much the loss has to say about them."""
+    rows, metric = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[1e-3, 1e-3], [1.0, 1.0]])
+    prox = SparseGroupLasso(beta=10.0).prox_([rows], layer="", step=0, t=1.0, group_size=2, min_alive=1, metric=[metric])
+    assert prox.dead is not None
+    assert prox.dead.tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("options", "text"), [({"betas": (0.9, 1.0)}, "betas are"), ({"eps": 0.0}, "eps is 0.0, must be above 0")])

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import brentq, minimize
 from torch import Tensor
 
-from dist_gsl import sparse_group_prox
+from dist_gsl import SparseGroupLasso, sparse_group_prox
 from dist_gsl.penalty import soft_threshold
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
@@ -82,6 +82,51 @@ def test_the_root_is_exact(decades: float, strength: float, dtype: torch.dtype) 
         expected = a * nu / (wide * nu + threshold)
         bound = 1e-11 if dtype == torch.float64 else 3e-4 / (1 - strength) ** 0.5 if strength > 0.9 else 1e-5
         torch.testing.assert_close(z.double(), expected, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("decades", [0, 1, 4, 8])
+def test_just_above_the_threshold_nothing_is_zero_that_is_not_dead(decades: float) -> None:
+    """In float32, where rounding is of the size of what is left."""
+    rows, metric = (each.float() for each in random_rows(2000, 3, decades=decades, seed=4))
+    weighted = rows * metric
+    for row, d, a in zip(rows, metric, weighted, strict=True):
+        threshold = float(torch.nextafter(a.norm(), torch.tensor(0.0)))
+        part = row[None].clone()
+        prox = SparseGroupLasso(beta=1.0).prox_([part], layer="", step=0, t=threshold / math.sqrt(3), group_size=3, metric=[d[None]])
+        assert prox.dead is not None
+        assert bool(prox.dead) is not bool(part.any())
+        assert bool((part * row >= 0).all())
+
+
+@pytest.mark.parametrize(("largest", "smallest", "dtype"), [(1e5, 1e-8, torch.float32), (1e4, 1e-10, torch.float32), (1e8, 1e-12, torch.float64)])
+def test_the_metric_of_what_is_zero_does_not_matter(largest: float, smallest: float, dtype: torch.dtype) -> None:
+    rows, metric = torch.tensor([[0.0, 0.1]], dtype=dtype), torch.tensor([[largest, smallest]], dtype=dtype)
+    z = sparse_group_prox(rows, t=1.0, beta=1e-13 * 0.1 * smallest, metric=metric)
+    torch.testing.assert_close(z, rows)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    """Or a training that has diverged would look like one with zeros."""
+    for value in (math.nan, math.inf, -math.inf):
+        rows, metric = torch.ones(3, 4), torch.ones(3, 4)
+        rows[1, 2] = value
+        found = sparse_group_prox(rows, t=1.0, beta=0.1, metric=metric)
+        assert not found[1].isfinite().all()
+        assert found[[0, 2]].isfinite().all()
+        part, d = torch.ones(3, 4), torch.ones(3, 4)
+        d[1, 2] = value
+        SparseGroupLasso(beta=0.1).prox_([part], layer="", step=0, t=1.0, group_size=4, metric=[d])
+        assert not part[1].isfinite().all()
+
+
+def test_parts_without_entries_say_nothing() -> None:
+    rows, metric = random_rows(4, 6, decades=2)
+    parts, empty = [rows[:, :3].clone(), rows[:, 3].clone(), torch.zeros(4, 0, 2, 2), rows[:, 4:].clone()], torch.zeros(4, 0, 2, 2)
+    SparseGroupLasso(beta=0.05, alpha=0.3).prox_(
+        parts, layer="", step=0, t=1.0, group_size=6, metric=[metric[:, :3], metric[:, 3], empty, metric[:, 4:]]
+    )
+    expected = sparse_group_prox(rows, t=1.0, beta=0.05, alpha=0.3, metric=metric)
+    torch.testing.assert_close(torch.cat([parts[0], parts[1][:, None], parts[3]], 1), expected)
 
 
 def test_it_is_zero_from_the_threshold_on() -> None:

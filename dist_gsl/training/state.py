@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_gsl import removal
+from dist_gsl.attention import UnevenMultiheadAttention
 from dist_gsl.compaction import GPU_WIDTHS, check_dead_are_zero, compact
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
@@ -234,11 +235,9 @@ def buffers_matter(model: nn.Module) -> bool:
     """Whether what one process computes may depend on buffers that a step of training changes, so that all must take those of the first before
     each. BatchNorm's running statistics are written in training and not read: those of the first, which are evaluated and kept, are the same
     either way, and a collective operation less is waited for."""
-    for module in model.modules():
-        is_known = isinstance(module, (nn.modules.batchnorm._BatchNorm, *removal.WHOLE_DROPOUT.values()))
-        if not is_known and any(True for _ in module.buffers(recurse=False)):
-            return True
-    return False
+    # Not what is derived from them. Of the last two buffers say what was removed, the same in all.
+    known = {*removal.BatchNorm, *removal.EMPTY_BATCH_NORM.values(), *removal.WHOLE_DROPOUT.values(), UnevenMultiheadAttention}
+    return any(type(module) not in known and any(True for _ in module.buffers(recurse=False)) for module in model.modules())
 
 
 def build_network(

@@ -162,8 +162,13 @@ class Counting(nn.Module):
         return x * self.count
 
 
+class Renormalised(nn.BatchNorm2d):
+    """As batch renormalisation does, it reads running statistics in training."""
+
+
 def test_buffers_that_matter_are_handed_out() -> None:
     plain = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()]
     assert not buffers_matter(nn.Sequential(*plain))
     assert buffers_matter(nn.Sequential(*plain, Counting()))
+    assert buffers_matter(nn.Sequential(*plain, Renormalised(2)))
     assert buffers_matter(nn.Sequential(*plain, nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 3))))

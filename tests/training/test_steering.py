@@ -51,7 +51,7 @@ def test_targets_out_of_range_are_refused(text: str, need: str) -> None:
 
 
 def test_what_cannot_be_steered_is_refused() -> None:
-    with pytest.raises(ValueError, match="set a penalty.beta to start from"):
+    with pytest.raises(ValueError, match=r"set a penalty\.beta to start from"):
         RunConfig(train=TrainConfig(target="neurons=50%"))
     with pytest.raises(ValueError, match=r"leave out penalty\.revive"):
         RunConfig(train=TrainConfig(target="neurons=50%"), penalty=PenaltyConfig(beta=PerLayer(rest=0.1), revive=True))
@@ -184,7 +184,8 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
 
 def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
     """Neurons that nothing supports lose what the penalty takes: the factor at which so many of them are gone in time is exact."""
-    model = nn.Sequential(nn.Linear(1, 10, bias=False), nn.ReLU(), nn.Linear(10, 1))
+    first = nn.Linear(1, 10, bias=False)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(10, 1))
     neurons = find_neurons(model, torch.zeros(2, 1))
     steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200)
     steering.budget = 4.0
@@ -195,10 +196,10 @@ def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
         "min_alive": lambda layer: 1,
     }  # fmt: skip
     with torch.no_grad():
-        model[0].weight[:, 0] = norms
+        first.weight[:, 0] = norms
         steering.look(neurons, cost, step=20, **options)
         steering.after_step({"0": 0.2}, 0.1)
-        model[0].weight[:, 0] = norms - 0.2
+        first.weight[:, 0] = norms - 0.2
         factor, next_look = steering.look(neurons, cost, step=21, **options)
     # 75 steps are left, of 0.1 * 2 * factor each: six of ten are gone if that is the norm of the sixth.
     assert factor == pytest.approx(max(5.8 / (75 * 0.2), 0.5))
@@ -206,7 +207,7 @@ def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
     steering.decided(0.5, 22)
     steering.after_step({"0": 0.1}, 0.1)
     with torch.no_grad():  # all are supported by half of what is taken
-        model[0].weight[:, 0] = norms - 0.2 - 0.05
+        first.weight[:, 0] = norms - 0.2 - 0.05
         factor, _ = steering.look(neurons, cost, step=22, **options)
     assert factor == pytest.approx((5.75 / (74 * 0.1) + 0.5) / 2, rel=1e-5)
     assert math.isfinite(factor)
