@@ -47,7 +47,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pairs import AT_LEAST, compare, device_seconds, ratio_of, timed
+from benchmarks.pairs import AT_LEAST, compare, device_name, device_seconds, ratio_of, timed
 from benchmarks.step import NETWORKS, step_of
 from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
 from dist_gsl.neurons import Neurons
@@ -430,7 +430,7 @@ def main() -> None:
     of_neurons.add_argument("--layers", type=int, default=10)
     for each in (of_parameters, of_neurons):
         each.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5])
-        each.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        each.add_argument("--device", type=device_name, default="cpu")
         each.add_argument("--threads", type=int, default=1)
         each.add_argument("--pairs", type=int, default=AT_LEAST)
         each.add_argument("--seconds", type=float, default=60.0, help="for the pairs of a row, if five of them do not take longer")

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pairs import AT_LEAST, Ratio, compare
+from benchmarks.pairs import AT_LEAST, Ratio, compare, device_name
 from dist_gsl import artifact, compact, create_model, find_neurons, timing
 from dist_gsl.models.registry import input_shape
 from dist_gsl.neurons import Neurons
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8, 16, 64, 256])
-    parser.add_argument("--device", default="cpu", help="of torch; ONNX Runtime stays on the CPU and is left out on another")
+    parser.add_argument("--device", type=device_name, default="cpu", help="of torch; ONNX Runtime stays on the CPU and is left out on another")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--channels-last", action="store_true", help="torch's layout of images and filters, training's default")
     parser.add_argument("--multiple-of", type=int, default=1, help="widths are rounded up to it, by dead neurons that stay")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pairs import AT_LEAST, compare
+from benchmarks.pairs import AT_LEAST, compare, device_name
 from benchmarks.step import BETA, NETWORKS, RECIPE
 from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["dec3", "resnet18"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), help="words of: " + ", ".join(WAYS))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, help="a network's own if not given")
     parser.add_argument("--pairs", type=int, default=AT_LEAST)

@@ -5,6 +5,7 @@ What a machine does besides falls on both of a pair alike, so ratios stand where
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import statistics
@@ -18,6 +19,21 @@ from dist_gsl import heap
 
 AT_LEAST = 30
 """Pairs that a claim of a few percent needs."""
+
+
+def device_name(text: str) -> str:
+    """Of an option --device: torch's name of a device that is there."""
+    import torch
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: there is no GPU here")
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: must be cpu or cuda")
+    return text
 
 
 class Ratio(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pairs import AT_LEAST, compare, device_seconds, timed
+from benchmarks.pairs import AT_LEAST, compare, device_name, device_seconds, timed
 from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
 from dist_gsl.penalty import row_norms, shrink_factors, soft_threshold
 
@@ -48,7 +48,7 @@ def neuron_by_neuron(parts: list[Tensor], *, cut: float, threshold: float) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--pairs", type=int, default=AT_LEAST)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pairs import AT_LEAST, Ratio, compare
+from benchmarks.pairs import AT_LEAST, Ratio, compare, device_name
 from dist_gsl import ProximalSGD, SparseGroupLasso, create_model, find_neurons
 
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {  # arguments, a worker's batch, classes
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--bucket-mb", type=float, nargs="+", default=[25.0])
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--batch", type=int, help="of a worker; a network's own if not given")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--workers", type=int, help="2, or as many as there are GPUs")
     parser.add_argument("--pairs", type=int, default=AT_LEAST)
     options = parser.parse_args()

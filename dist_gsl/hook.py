@@ -62,6 +62,16 @@ class InBackward:
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.optimizer, self.ddp, self.max_grad_norm, self.scaler = optimizer, ddp, max_grad_norm, scaler
+        if getattr(ddp, "skip_all_reduce_unused_params", False):
+            raise ValueError(
+                "ProximalOptimizer.attach: DDP's skip_all_reduce_unused_params leaves the hook out where the last bucket is unused, and with it the "
+                "step; build DDP without it"
+            )
+        if ddp.static_graph and len({p.dtype for p in ddp.parameters() if p.requires_grad}) > 1:
+            raise ValueError(
+                "ProximalOptimizer.attach: in the first backward of a static graph DDP does not tell the buckets of several types apart; build DDP "
+                "without static_graph, or give all parameters one type"
+            )
         reasons = [
             text for text, given in (
                 ("a GradScaler may skip the step", scaler is not None),

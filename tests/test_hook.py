@@ -189,6 +189,48 @@ def test_a_graph_that_is_said_to_be_static_later() -> None:
         assert optimizer.num_steps == number
 
 
+def test_what_ddp_does_not_tell_is_refused() -> None:
+    x = torch.randn(5, 4)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, skip_all_reduce_unused_params=True)
+    optimizer = ProximalSGD(model.parameters(), find_neurons(model, x), SparseGroupLasso(beta=0.0), lr=0.1)
+    with pytest.raises(ValueError, match="build DDP without it"):
+        optimizer.attach(ddp)
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).relu().double())
+
+    mixed = Mixed()
+    optimizer = ProximalSGD(mixed.parameters(), find_neurons(mixed, x), SparseGroupLasso(beta=0.0), lr=0.1)
+    with pytest.raises(ValueError, match="give all parameters one type"):
+        optimizer.attach(DistributedDataParallel(mixed, static_graph=True))
+    optimizer.attach(DistributedDataParallel(mixed))
+
+
+def test_samples_that_are_summed_divide_buckets_that_are_stepped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hook, "is_one_by_one", lambda device: False)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    by_hand = copy.deepcopy(model)
+    both = [ProximalSGD(each.parameters(), find_neurons(each, x), SparseGroupLasso(beta=0.01), lr=0.2) for each in (model, by_hand)]
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1e-4)
+    both[0].attach(ddp)
+    for _ in range(4):
+        for optimizer in both:
+            optimizer.zero_grad()
+        both[0].set_num_samples(6)
+        F.cross_entropy(ddp(x), y, reduction="sum").backward()
+        F.cross_entropy(by_hand(x), y).backward()
+        both[1].step()
+    for p, q in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 @pytest.mark.timeout(60)
 def test_a_parameter_that_is_not_optimized() -> None:
     """No neuron owns the last layer's bias; where the step comes after backward it may be left out."""

@@ -154,6 +154,23 @@ def test_a_layout_knows_when_it_holds_no_more() -> None:
     assert not layout.is_current()
 
 
+@pytest.mark.parametrize("change", ["order", "type"])
+def test_nor_does_it_where_another_tensor_lies_at_the_same_address(change: str) -> None:
+    """As may come of a way to another type or device and back."""
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2))
+    storage = weight.data
+    layout = layout_of([weight])
+    weight.data = storage.as_strided((4, 3, 2, 2), (12, 1, 6, 3)) if change == "order" else storage.view(torch.int32).view(torch.float32)
+    assert weight.data_ptr() == storage.data_ptr()
+    assert layout.is_current() is (change == "type")
+    if change == "type":
+        whole = torch.zeros(96)
+        weight.data = whole.view(torch.float64)[:48].view(4, 3, 2, 2)
+        layout, other = layout_of([weight]), whole[:48].view(4, 3, 2, 2)
+        weight.data = other
+        assert not layout.is_current()
+
+
 def test_a_network_that_moves_in_memory_is_shrunk_where_it_is() -> None:
     model = chain()
     neurons = find_neurons(model, torch.zeros(1, *IMAGE))

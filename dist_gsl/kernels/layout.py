@@ -44,7 +44,7 @@ class Layout:
     def __init__(self, rows: Sequence[Rows], num_neurons: int) -> None:
         self.num_neurons = num_neurons
         self._tensors = [each.tensor for each in rows]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._places = self._present_places()
         self.dtype, self.device = rows[0].tensor.dtype, rows[0].tensor.device
         self.indices = [None if each.is_block else each.index.contiguous().to(self.device) for each in rows]
         self.parts: ctypes.Array[Part] | None = None
@@ -61,9 +61,12 @@ class Layout:
         return self._tensors
 
     def is_current(self) -> bool:
-        """Whether all tensors are where they were: asked in every step, and so by their addresses alone. What has another type or another
-        order in memory was made anew while the old was there."""
-        return [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+        """Whether all tensors are where and as they were. An address alone does not tell: what went to another type or device and came back in another
+        order may lie where it lay before."""
+        return self._present_places() == self._places
+
+    def _present_places(self) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
+        return [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in self._tensors]
 
 
 FEW: Final = 4
