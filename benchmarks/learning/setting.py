@@ -1,0 +1,141 @@
+"""What all methods of the comparison have in common: data, network, epochs, schedule, and how a result is measured.
+
+The course is the demo's, scaled to the epochs of a setting: what the demo does in epochs 1.5 to 9.5 of 16 (penalise) every method does in that share
+of its epochs, and one that cuts and fine-tunes cuts at its end, so that all have the same epochs in all and the same rates in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_gsl import data
+from dist_gsl.config import RunConfig
+from dist_gsl.recipes import find
+from dist_gsl.training import session
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A size of the comparison."""
+
+    name: str
+    num_train: int
+    width: float
+    """Of Dec3, as a share of the paper's."""
+    epochs: int
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def config(self, seed: int) -> RunConfig:
+        """The demo's, over the epochs of this setting, by one process."""
+        demo = find("dec3-chars")
+        scale = self.epochs / demo.train.epochs
+        schedule = demo.penalty.beta_schedule
+        assert schedule.end is not None
+        return replace(
+            demo, network=replace(demo.network, width=self.width), data=replace(demo.data, num_train=self.num_train),
+            penalty=replace(demo.penalty, beta_schedule=replace(schedule, start=schedule.start * scale, end=schedule.end * scale)),
+            train=replace(
+                demo.train, epochs=self.epochs, seed=seed, drop_epochs=tuple(scale * each for each in demo.train.drop_epochs),
+                warmup_epochs=demo.train.warmup_epochs * scale,
+            ),
+            workers=replace(demo.workers, num=1),
+        )  # fmt: skip
+
+
+SMALL = Setting("small", num_train=3000, width=0.125, epochs=16)
+LARGE = Setting("large", num_train=185_639, width=1.0, epochs=45)
+
+
+class Images(NamedTuple):
+    """A split in memory, as the loader gives it."""
+
+    images: Tensor
+    targets: Tensor
+
+
+@cache
+def images_of(setting: Setting, split: str) -> Images:
+    """A split of the setting's data, written where it is not there yet."""
+    config = setting.config(0)
+    loader = session.make_loader(config, split, data.prepare(config.data).absolute(), train=False)
+    batches = [(batch.images.clone(), batch.targets.clone()) for batch in loader]
+    return Images(torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches]))
+
+
+class Batches:
+    """The training split in memory, in an order that follows from (seed, epoch); as the training loop takes it."""
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        self.images, self.targets = images_of(setting, "train")
+        self.seed, self.size = seed, setting.config(seed).train.batch_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.order = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch))
+        self.start = start_step
+
+    def __len__(self) -> int:
+        return len(self.targets) // self.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.start, len(self)):
+            which = self.order[step * self.size : (step + 1) * self.size]
+            yield Batch(self.images[which].contiguous(memory_format=torch.channels_last), self.targets[which])
+
+
+class Split:
+    """Another split, for an evaluation."""
+
+    def __init__(self, setting: Setting, split: str, size: int = 250) -> None:
+        self.found, self.size = images_of(setting, split), size
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return -(-len(self.found.targets) // self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, targets in zip(self.found.images.split(self.size), self.found.targets.split(self.size), strict=True):
+            yield Batch(images, targets)
+
+
+@torch.no_grad()
+def top1(model: nn.Module, setting: Setting, split: str) -> float:
+    """Percent of a split that a network answers right."""
+    model.eval()
+    right = sum(int((model(batch.images).argmax(1) == batch.targets).sum()) for batch in Split(setting, split))
+    return 100 * right / len(images_of(setting, split).targets)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch.images), batch.targets)
+
+
+@dataclass
+class Outcome:
+    """A network that a method came to."""
+
+    model: nn.Module
+    """That computes what is evaluated."""
+    neurons: float
+    """Percent of the convolution neurons of the network that it started from that are gone, as in the paper's first measure."""
+    parameters: int
+    """That are left once they are."""
+    zero_parameters: float
+    """Percent of the convolution parameters that are zero, wherever: the paper's count for L1."""
+    widths: dict[str, int]
+    """Neurons left in each layer."""
+    extra: dict[str, Any]
