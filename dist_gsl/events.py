@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -24,8 +24,8 @@ class Listener:
     def back(self, epoch: int) -> None:
         """The training went back to after this epoch: what was told of later ones holds no more."""
 
-    def told(self, kind: str, number: int) -> None:
-        """Of a path: the strength `number` is "begun", or its network is "trained"."""
+    def told(self, kind: str, number: int, history: Sequence[dict[str, Any]]) -> None:
+        """Of a path: the strength `number` is "begun", after the epochs of `history`, or its network is "trained"."""
 
     def note(self, text: str) -> None:
         """What the first worker tells of how it goes on."""

@@ -60,6 +60,10 @@ class Tracker:
         example: a batch of at least 2 inputs. `ValueError` for fewer. The model is left as it is.
         """
 
+    def is_running(self, run_id: str) -> bool:
+        """Whether the store has a run that was not closed; False where it cannot be asked."""
+        return False
+
     def end(self, status: Status | str = Status.FINISHED) -> None:
         """Close the run: "FINISHED", "FAILED" or "KILLED"."""
 

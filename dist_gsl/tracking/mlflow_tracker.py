@@ -195,6 +195,15 @@ class MlflowTracker(Tracker):
 
         self._send("the model", log)
 
+    def is_running(self, run_id: str) -> bool:
+        found: list[str] = []
+
+        def ask() -> None:
+            client, _ = self._connect()
+            found.append(client.get_run(run_id).info.status)
+
+        return self._try(ask) is None and found == ["RUNNING"]
+
     def end(self, status: Status | str = Status.FINISHED) -> None:
         value = Status(status).value
         self._retry_at = 0.0  # the last chance

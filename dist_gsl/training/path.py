@@ -95,8 +95,9 @@ def strengths(penalty: PenaltyConfig, low: float, high: float, number: int) -> l
 class Report:
     """What hears of a path."""
 
-    begun: Callable[[int], None] = lambda number: None
-    """A strength's part of the trunk begins, or is gone on with, or its branch; 0 is the dense network."""
+    begun: Callable[[int, Sequence[dict[str, Any]]], None] = lambda number, history: None
+    """A strength's part of the trunk begins, or is gone on with, or its branch; 0 is the dense network. With the records of all epochs that led
+    there: who heard of them may have been killed."""
     trained: Callable[[int], None] = lambda number: None
     """Its network is trained, and kept."""
 
@@ -131,7 +132,7 @@ def follow(
         if done is None and _position(state) > (part.epochs, 0):
             raise UnavailableError(f"{kept.folder} is gone, and the path is beyond it: start a new search")
         if done is None or _position(done[1]) < (branch.epochs, 0):
-            report.begun(number)
+            report.begun(number, (done[1] if done is not None else state or {}).get("history", ()))
         if _position(state) < (part.epochs, 0):
             penalty = _on(at_strength(config.penalty, values[number - 1])) if number else plain
             state = _trained(session, part, penalty, place, (name, state), betas[number])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -73,9 +73,9 @@ def path_worker(job: dict[str, Any]) -> None:
     """Follows a path from where it stands. job: as `_work`, and "path" (PathConfig as dict), "values" (penalty.beta.rest, from weak to
     strong), "branches" (the checkpoints of each strength's network). It tells ("told", "begun" or "trained", number of the strength) too."""
 
-    def tell(kind: str, number: int) -> None:
+    def tell(kind: str, number: int, history: Sequence[dict[str, Any]] = ()) -> None:
         if dist.get_rank() == 0:
-            ray.get(job["control"].tell.remote("told", kind, number))
+            ray.get(job["control"].tell.remote("told", kind, number, list(history)))
 
     def work(config: RunConfig, device: torch.device, place: Place) -> None:
         trunk = place.checkpoints
@@ -83,7 +83,7 @@ def path_worker(job: dict[str, Any]) -> None:
         path.follow(
             config, path.PathConfig(**job["path"]), job["values"], data_dir=data.prepare(config.data), device=device, trunk=trunk,
             branches=lambda number: Checkpoints(job["branches"][number]), place=place,
-            report=path.Report(begun=lambda number: tell("begun", number), trained=lambda number: tell("trained", number)),
+            report=path.Report(begun=lambda number, history: tell("begun", number, history), trained=lambda number: tell("trained", number)),
         )  # fmt: skip
 
     _work(job, work)

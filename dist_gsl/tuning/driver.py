@@ -171,6 +171,9 @@ class Conductor:
         self.folder.save_settings(self.settings, before)
         self.parent.start(self.folder.name, params, tags, run_id=before)
         self.folder.save_settings(self.settings, self.parent.run_id or before)
+        for record in self.records.values():
+            if record.is_done and record.mlflow_run_id is not None and self.parent.is_running(record.mlflow_run_id):
+                self._close(record)
         self.queue = self.remaining
         num_done = sum(record.is_done for record in self.records.values())
         self.display.begin(num_done=num_done, num_interrupted=len(self.records) - num_done)
@@ -334,15 +337,23 @@ class Conductor:
     def finish(self, record: TrialRecord, status: Status, reason: str | None = None) -> None:
         record.status, record.reason = status, reason
         self._save(record)
-        tracker = self.trackers.pop(record.number)
+        self._tell_end(record, self.trackers.pop(record.number))
+        self.display.ended(record)
+
+    def _close(self, record: TrialRecord) -> None:
+        """Of a trial that ended when the driver was killed before the store heard of it."""
+        tracker = self._tracker()
+        tracker.start(f"{self.folder.name}/{self.folder.trial(record.number).path.name}", {}, run_id=record.mlflow_run_id)
+        self._tell_end(record, tracker)
+
+    def _tell_end(self, record: TrialRecord, tracker: Tracker) -> None:
         folder = self.folder.trial(record.number)
         if record.curve and math.isfinite(record.curve[-1].quality):
             tracker.summary({"final_val_quality": record.quality, "final_alive_percent": record.alive, **record.summary,
                              "final_latency_ms": record.latency_ms})  # fmt: skip
         files = [folder.config_file, folder.path / "report.json", folder.path / "report.md", folder.path / NEURON_LOG]
         tracker.artifacts([file for file in files if file.exists()])
-        tracker.end(tracking.Status.FAILED if status is Status.FAILED else tracking.Status.FINISHED)
-        self.display.ended(record)
+        tracker.end(tracking.Status.FAILED if record.status is Status.FAILED else tracking.Status.FINISHED)
 
     def lost(self, number: int, reason: str) -> None:
         """A trial's process died, and not for the first time."""

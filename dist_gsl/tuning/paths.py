@@ -128,7 +128,7 @@ class _Points(Listener):
         self.log = NeuronLog()
         self.trained: set[int] = set()
 
-    def told(self, kind: str, number: int) -> None:
+    def told(self, kind: str, number: int, history: Sequence[dict[str, Any]]) -> None:
         conductor = self.conductor
         record = conductor.records.get(number) or TrialRecord(
             number, {FIELD: self.points[number - 1]} if number else {}, is_baseline=number == 0
@@ -144,6 +144,7 @@ class _Points(Listener):
             self.trained.add(number)
             self.reports.add(partial(self._finish, record, self.log))  # here, a signal would not be heard until it is made
         else:
+            self._tell_missing(record, history, partial(conductor.result, number))
             self.record = record
 
     def _finish(self, record: TrialRecord, log: NeuronLog) -> None:
@@ -156,11 +157,7 @@ class _Points(Listener):
             if not self.reports.is_left:
                 self.conductor.result(record.number, kind, content)
 
-        history = patiently(folder.state, warn)["history"]
-        # An interrupted search may have trained what it had no time to tell.
-        for epoch in history[self._first(record) :]:
-            if not record.curve or epoch["epoch"] > record.curve[-1].epoch:
-                tell("epoch", epoch)
+        self._tell_missing(record, patiently(folder.state, warn)["history"], tell)
 
         def reported() -> Report:
             if log.records:  # what was trained before this start has its log
@@ -175,6 +172,12 @@ class _Points(Listener):
             tell("failed", " ".join(str(error).split()))
             return
         tell("finished", {"summary": runs.summary(made), "latency_ms": None})
+
+    def _tell_missing(self, record: TrialRecord, history: Sequence[dict[str, Any]], tell: Callable[[str, Any], object]) -> None:
+        """An interrupted search may have trained what it had no time to tell."""
+        for epoch in history[self._first(record) :]:
+            if not record.curve or epoch["epoch"] > record.curve[-1].epoch:
+                tell("epoch", epoch)
 
     def _first(self, record: TrialRecord) -> int:
         """Epochs of the record's lineage that belong to points before it."""

@@ -207,8 +207,18 @@ def test_the_chosen_trial_is_trained_to_the_end(directory: Path) -> None:
 
 
 def test_constraints_after_the_search(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow.tracking import MlflowClient
+
     again = ["tune", "plain.py", "--name", "killed", "--resume"]  # as many trials as before
+    client = MlflowClient(f"sqlite:///{directory}/runs/mlflow.db")
+    ids = [record.mlflow_run_id for record in SearchFolder(directory / "runs" / "killed").records().values()]
+    before = [client.get_run(each).info.end_time for each in ids if each is not None]
+    assert ids[1] is not None
+    client.update_run(ids[1], status="RUNNING")  # as where the driver is killed between its own record and the store's
     assert main([*again, "--max-latency-ms", "1000"]) == 0
+    runs = [client.get_run(each).info for each in ids if each is not None]
+    assert [run.status for run in runs] == ["FINISHED"] * len(ids)
+    assert [run.end_time for run in runs[:1] + runs[2:]] == before[:1] + before[2:]  # the others are left as they are
     assert "choice (at most 1000 ms): killed/trial-" in capsys.readouterr().out
     assert main([*again, "--max-accuracy-drop", "-50"]) == 1
     assert "no finished trial fits" in capsys.readouterr().out

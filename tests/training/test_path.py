@@ -3,7 +3,7 @@
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,22 @@ class Followed:
 
     def __init__(self, directory: Path, folder: Path, request: Callable[[], Request] = lambda: Request.NONE, **train: Any) -> None:
         self.told: list[tuple[str, int]] = []
+        self.before: list[list[int]] = []
+        """Epochs that led to each beginning."""
         self.epochs: list[int] = []
         self.folder, self.is_stopped = folder, False
         try:
             path.follow(
                 config(**train), PARTS, VALUES, data_dir=directory, device=torch.device("cpu"), trunk=Checkpoints(folder / "path"),
                 branches=self.branch, place=Place(request=request, on_epoch=lambda state, record: self.epochs.append(record["epoch"])),
-                report=Report(lambda number: self.told.append(("begun", number)), lambda number: self.told.append(("trained", number))),
+                report=Report(self.begun, lambda number: self.told.append(("trained", number))),
             )  # fmt: skip
         except StoppedError:
             self.is_stopped = True
+
+    def begun(self, number: int, history: Sequence[dict[str, Any]]) -> None:
+        self.told.append(("begun", number))
+        self.before.append([record["epoch"] for record in history])
 
     def branch(self, number: int) -> Checkpoints:
         return Checkpoints(self.folder / str(number))
@@ -86,6 +92,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Followed:
 
 def test_one_training_leads_to_a_network_for_each_strength(whole: Followed) -> None:
     assert whole.told == [("begun", 0), ("trained", 0), ("begun", 1), ("trained", 1), ("begun", 2), ("trained", 2)]
+    assert whole.before == [[], [1, 2], [1, 2, 3]]
     # Dense to 2 and its branch to 3; then each part of the trunk and its branch.
     assert whole.epochs == [1, 2, 3, 3, 4, 4, 5]
     assert [whole.state(number)["position"]["epoch"] for number in (0, 1, 2)] == [3, 4, 5]
@@ -130,6 +137,7 @@ def test_interrupted_it_ends_as_if_nothing_had_been(question: int, whole: Follow
     again = Followed(digits, tmp_path)
     assert again.told[-1] == ("trained", 2)
     assert len(again.epochs) < len(whole.epochs) or question == 3
+    assert again.before[0] == {3: [], 40: [1, 2], 55: [1, 2], 70: [1, 2, 3], 100: [1, 2, 3]}[question]
     for number in (0, 1, 2):
         assert same(again.state(number), whole.state(number)), number
     assert Followed(digits, tmp_path).epochs == []  # all is there
