@@ -40,7 +40,10 @@ class Resources:
 
 def settled(config: RunConfig) -> RunConfig:
     """The config with absolute paths: workers run in another directory."""
-    init = config.train.init and str(Path(config.train.init).absolute())
+    init = config.train.init
+    if init is not None and storage.is_uri(init):
+        raise ValueError(f"train.init: {init} is a URI; copy it to a path that all nodes of the cluster see, and name that")
+    init = init and str(Path(init).absolute())
     given = config.data.dir
     directory = given if given is not None and storage.is_uri(given) else str(config.data.directory().absolute())
     return replace(config, train=replace(config.train, init=init), data=replace(config.data, dir=directory))

@@ -340,7 +340,9 @@ def starting_betas(
     if reference not in names:
         raise ValueError(f"penalty.reference_layer {reference!r} is no layer with neurons; layers: {', '.join(names)}")
     layer, alpha = neurons[reference], config.alpha.of(names)[reference]
-    rows = torch.cat([part.detach().reshape(layer.num_neurons, -1) for part in neurons.parts(layer)], dim=1).double()
+    rows = torch.cat([part.detach().reshape(layer.num_neurons, -1) for part in neurons.parts(layer)], dim=1).double()[layer.mask]
+    if not len(rows):
+        raise ValueError(f"penalty.reference_layer {reference!r} has no neuron alive to say what an epoch is; name another layer")
     median = rows[rows.norm(dim=1).argsort()[len(rows) // 2]][None]
     beta_of = {0.0: 0.0}
     for epochs in set(betas.values()) - {0.0}:

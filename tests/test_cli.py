@@ -36,6 +36,8 @@ from dist_gsl.training.path import PathConfig
         (["train", "digits", "--target", "neurons=150%"], "train.target is 'neurons=150%', must be above 0 and below 100"),
         (["train", "digits", "--target", "small"], "train.target is 'small', must say what may be left"),
         (["train", "digits", "--target", "macs=50%", "--penalty.beta.rest", "0"], "set a penalty.beta to start from"),
+        (["train", "digits", "--init", "nowhere.pt"], "nowhere.pt: no such file; name a run's folder, a checkpoint, or a file of weights"),
+        (["train", "digits", "--init", "s3://bucket/weights.pt"], "train.init: s3://bucket/weights.pt is a URI; copy it to a path"),
         (["train", "digits", "--train.optimizer", "adam"], "train.optimizer is 'adam', must be one of sgd, adamw"),
         (["train", "digits", "--train.optimizer", "adamw", "--train.nesterov", "False"], "penalty.unit epochs counts steps of SGD"),
         (["train", "vit-digits", "--train.adam-betas", "0.9"], "train.adam_betas is (0.9,), must be two numbers in [0, 1)"),

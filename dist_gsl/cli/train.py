@@ -30,6 +30,10 @@ def add(commands: Commands) -> None:
         "--target", metavar="WHAT=HOW-MUCH",
         help="what may be left, instead of a beta: neurons=50%%, params=100000, macs=30%% or latency_ms=2.5 (--train.target)",
     )
+    train.add_argument(
+        "--init", metavar="PATH",
+        help="start from weights instead of from chance: a run's folder, a checkpoint, or a file of a state_dict (--train.init)",
+    )
     train.add_argument("--baseline-run", metavar="NAME", help="report the gap to an earlier run instead")
     train.add_argument(
         "--from-trial", metavar="ID",
@@ -69,6 +73,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         start = recipes.find(options.recipe)
     if options.target is not None:
         options.fields = [*options.fields, "--train.target", options.target]
+    if options.init is not None:
+        options.fields = [*options.fields, "--train.init", options.init]
     config = with_overrides(f"train {options.recipe}", start, [*options.fields, *(["--help"] if options.help else [])])
     if options.baseline and options.baseline_run:
         raise ValueError("train: give --baseline or --baseline-run, not both")

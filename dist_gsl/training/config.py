@@ -76,7 +76,9 @@ class TrainConfig:
     "back": it goes on from the last checkpoint with half the learning rate, five times at most; from the one before where it came to nothing
     from the last already."""
     init: str | None = None
-    """Checkpoint file to take the parameters from, instead of a random start."""
+    """Where the weights come from at the start, instead of from chance: a run's folder (its last checkpoint), a checkpoint, or a state_dict in a file
+    (.pt, .pth, .safetensors). All but the last layer's, if that has another number of outputs. A lower learning rate than from chance keeps what
+    they know."""
     seed: int = 0
     """Seed of initialisation, order, augmentation and dropout."""
 

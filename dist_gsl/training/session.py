@@ -372,7 +372,9 @@ def dry_build(config: RunConfig, shapes: Shapes) -> Neurons:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"data.start_size: {config.network.name} takes no images of {start} pixels ({reason}); leave it out") from error
     if config.train.init is not None:
-        initialise(model, neurons, config.train.init)
+        at_random = initialise(model, neurons, config.train.init)
+        if at_random:
+            warnings.warn(f"train.init: {config.train.init} has another number of outputs: {', '.join(at_random)} start at random", stacklevel=2)
     starting_betas(
         config.penalty,
         neurons,

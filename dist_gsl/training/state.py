@@ -22,11 +22,11 @@ from dist_gsl.attention import UnevenMultiheadAttention
 from dist_gsl.compaction import GPU_WIDTHS, check_dead_are_zero, compact
 from dist_gsl.models import create_model
 from dist_gsl.neurons import Neurons
-from dist_gsl.penalty import PenaltyConfig, SparseGroupLasso, make_penalty, starting_betas
+from dist_gsl.penalty import PenaltyConfig, SparseGroupLasso, make_penalty, row_norms, starting_betas
 from dist_gsl.proximal import ProximalAdamW, ProximalOptimizer, ProximalSGD
 from dist_gsl.removal import Removal
 from dist_gsl.tracing import find_neurons
-from dist_gsl.training import checkpoint
+from dist_gsl.training import checkpoint, initial
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.steering import Cost, Steering, Target
 
@@ -264,20 +264,20 @@ def build_whole(
     model, neurons = build_network(network, image_shape=image_shape)
     saved = _saved_neurons(state, neurons)
     values = state["average"] if averaged and state["average"] is not None else state["model"]
-    model.load_state_dict(_whole(model, neurons, saved, values))
+    cut = removal.keeping(neurons, {name: s["indices"] for name, s in saved.items()})
+    model.load_state_dict(_whole(model, cut, values))
     for name, kept in saved.items():
         neurons[name].mask[:] = False
         neurons[name].mask[kept["indices"]] = kept["mask"]
     return model, neurons
 
 
-def _whole(model: nn.Module, neurons: Neurons, saved: Mapping[str, Any], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a network of any widths in those of its starting size."""
-    cut = removal.keeping(neurons, {name: s["indices"] for name, s in saved.items()})
+def _whole(model: nn.Module, cut: removal.Removal, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a network of any widths in those of its starting size."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
         name: cut.whole(name, values[name].to(tensor.device), blank=torch.zeros_like(tensor) if name in parameters else tensor)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in model.state_dict().items() if name in values
     }
 
 
@@ -340,20 +340,21 @@ def build(
     )  # fmt: skip
 
 
-def initialise(model: nn.Module, neurons: Neurons, path: str) -> None:
-    """Takes a checkpoint's parameters, zeros where it has neurons no more. `ValueError` where it is of another network or other widths."""
-    state = checkpoint.load(path)
-    source: dict[str, Tensor] = state["model"]
-    wanted = model.state_dict()
-    saved = state["optimizer"]["neurons"]
-    if all(name in source for name in wanted) and set(saved) == {layer.name for layer in neurons}:
-        starting = {name: values["starting_neurons"] for name, values in saved.items()}
-        if all(layer.num_neurons == starting[layer.name] for layer in neurons):
-            source = _whole(model, neurons, saved, source)
-    odd = [name for name in wanted if name not in source or source[name].shape != wanted[name].shape]
-    if odd:
-        raise ValueError(
-            f"train.init: {path} does not fit: {odd[0]!r} is missing or of another shape; "
-            "name a checkpoint of the same network and widths"
-        )
-    model.load_state_dict(source)
+def initialise(model: nn.Module, neurons: Neurons, path: str) -> list[str]:
+    """Takes the weights that `train.init` names, all but the last layer's where that has another number of outputs: the names of its tensors, which
+    stay at random. What they have no more, neurons all of whose weights are zero, is dead from the start. `ValueError` where they are of
+    another network or other widths."""
+    tensors, saved = initial.read(path)
+    if saved is not None and {layer.name: layer.num_neurons for layer in neurons} == {name: s["starting_neurons"] for name, s in saved.items()}:
+        cut = removal.keeping(neurons, {name: s["indices"] for name, s in saved.items()})
+        small = {name: cut.tensor(name, own).shape for name, own in model.state_dict().items()}
+        fitting = {name: value for name, value in tensors.items() if value.shape == small.get(name)}
+        tensors = {**tensors, **_whole(model, cut, fitting)}
+    at_random = initial.load(model, tensors, path=path)
+    with torch.no_grad():
+        dead = {layer.name: (row_norms(neurons.parts(layer)) == 0).nonzero().flatten() for layer in neurons if layer.num_neurons}
+    for layer in neurons:
+        if layer.num_neurons and len(dead[layer.name]) == layer.num_neurons and not layer.bypassed:
+            raise ValueError(f"train.init: {path}: all neurons of {layer.name!r} are zero, so nothing can be learned from there; name other weights")
+    neurons.zero_(dead)
+    return at_random

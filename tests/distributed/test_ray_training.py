@@ -149,6 +149,15 @@ def test_a_budget_is_met(directory: Path) -> None:
     assert report["compact"]["max_abs_difference"] < 1e-9
 
 
+def test_init_goes_on_with_what_a_run_has_learned(directory: Path) -> None:
+    schedule = ["--train.learning-rate", "0.005", "--penalty.beta-schedule.start", "0"]
+    assert main(["train", "digits", "--name", "further", "--init", "runs/first", "--no-tracking", *SMALL, *schedule]) == 0
+    first, further = (runs.RunFolder(directory / "runs" / name) for name in ("first", "further"))
+    assert further.state()["history"][0]["val_top1"] > first.state()["history"][-1]["val_top1"] - 3
+    before, after = (json.loads((each.path / "report.json").read_text()) for each in (first, further))
+    assert after["neurons"] >= before["neurons"] > 0, "what was dead is dead"
+
+
 def test_final_reads_the_test_split(directory: Path) -> None:
     assert main(["report", "runs/first", "--final"]) == 0
     report = json.loads((directory / "runs" / "first" / "report.json").read_text())
