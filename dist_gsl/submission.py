@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: ship the code, start `dist-gsl train` or `tune` there, follow its log, start it again.
+"""Jobs on a Ray cluster: ship the code, start `dist-gsl train`, `tune` or a script there, follow its log, start it again.
 
 A job's driver runs on the cluster, so a closed laptop ends nothing. Everything goes through Ray's job server.
 """
@@ -246,9 +246,10 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def shipped(given: Sequence[Path] = ()) -> Iterator[tuple[Path, dict[Path, str]]]:
+def shipped(given: Sequence[Path] = (), *, script: Path | None = None) -> Iterator[tuple[Path, dict[Path, str]]]:
     """A folder with this package and its spaces, for a cluster to run, and the names in it of the files that are given
-    along. Neither data nor runs nor version control are in it: it is some hundred kilobytes."""
+    along. script: a relative path; it has the same there, and so have the Python files beside and below it. Neither data nor
+    runs nor version control are in it: it is some hundred kilobytes."""
     package = Path(dist_gsl.__file__).parent
     with tempfile.TemporaryDirectory(prefix="dist-gsl-") as temporary:
         folder = Path(temporary)
@@ -257,6 +258,11 @@ def shipped(given: Sequence[Path] = ()) -> Iterator[tuple[Path, dict[Path, str]]
         for spaces in (package.parent / "tune_spaces", Path.cwd() / "tune_spaces"):
             if spaces.is_dir():
                 shutil.copytree(spaces, folder / "tune_spaces", ignore=ignored, dirs_exist_ok=True)
+        for source in [] if script is None else script.parent.rglob("*.py"):
+            if not source.is_file() or any(part.startswith(".") for part in source.parts):
+                continue
+            (folder / source).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / source)
         names = {}
         for file in given:
             # With its folder's name, by which a run's config is called.

@@ -102,6 +102,22 @@ def test_the_package_is_shipped_without_data_and_runs(tmp_path: Path, monkeypatc
     assert not folder.exists()
 
 
+def test_a_script_is_shipped_with_what_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("work/part/main.py", "work/part/more/other.py", "work/part/data.bin", "work/else.py", "work/part/.venv/x.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with submission.shipped(script=Path("work/part/main.py")) as (folder, _):
+        files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+        assert {name for name in files if name.startswith("work")} == {"work/part/main.py", "work/part/more/other.py"}
+        assert (folder / "work/part/main.py").read_text() == "work/part/main.py"
+
+
+def test_workers_are_not_a_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--address", "http://head:8265", "--workers", "2", "--", "python", "benchmarks/learning/run.py"]) == 2
+    assert "a script says itself what it needs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -112,6 +128,10 @@ def test_the_package_is_shipped_without_data_and_runs(tmp_path: Path, monkeypatc
         (["train", "digits", "--train.epoch", "3"], "did you mean train.epochs"),
         (["train", "digits", "--runs", "runs"], "--runs runs must be an absolute path"),
         (["tune", "nothing"], "no space is called 'nothing'"),
+        (["python"], "name a script after `python`"),
+        (["python", "-c", "print()"], "name a script after `python`"),
+        (["python", "nowhere/run.py"], "no such file"),
+        (["python", __file__], "must lie in a folder below this one"),
     ],
 )
 def test_a_wrong_command_is_refused_before_anything_is_shipped(

@@ -29,7 +29,8 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Ships this code to a Ray cluster and runs `dist-gsl train` or `tune` there, with its output shown here.\n"
         "Paths in the command are the cluster's: --runs must be one that all its nodes see (or DIST_GSL_RUNS there);\n"
-        "a config.yaml or a space file that is named is shipped along.\n"
+        "a config.yaml or a space file that is named is shipped along. `python SCRIPT ...` runs a script that uses this\n"
+        "library, shipped with the Python files beside it.\n"
         "  dist-gsl submit --address http://HEAD:8265 --workers 8 --gpus-per-worker 1 -- train dec8-imagenet-sgl --name first\n"
         "Ctrl-C stops the job; with --no-wait it is left alone, and `dist-gsl jobs` looks after it.",
     )  # fmt: skip
@@ -44,9 +45,9 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     submit.add_argument(
         "--retry", type=int, default=0, metavar="N",
-        help="submit a job that failed again, up to N times, each going on from its last checkpoint (%(default)s)",
+        help="submit a job that failed again, up to N times, each going on from its last checkpoint (%(default)s); a script begins anew",
     )  # fmt: skip
-    submit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- train|tune ...", help="what is to be run there")
+    submit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- train|tune|python ...", help="what is to be run there")
     submit.set_defaults(run=_submit)
 
     jobs = commands.add_parser("jobs", help="list, follow and stop what was submitted", allow_abbrev=False)
@@ -71,14 +72,19 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 def _submit(options: argparse.Namespace, console: Console) -> int:
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    is_script = arguments[:1] == ["python"]
+    if is_script and (options.workers is not None or options.gpus_per_worker is not None):
+        raise ValueError("submit: --workers and --gpus-per-worker are of train and tune; a script says itself what it needs")
     if options.workers is not None:
         arguments = [*arguments, "--workers", options.workers]
     if options.gpus_per_worker is not None:
         arguments = [*arguments, "--workers.gpu", str(bool(options.gpus_per_worker))]
     if options.retry < 0 or (options.retry and not options.wait):
         raise ValueError(f"submit: --retry {options.retry} needs a number of at least 0, and to --wait for the job")
-    asked = _checked(arguments)
-    if asked.name is None:
+    asked = _checked_script(arguments) if is_script else _checked(arguments)
+    if is_script:
+        asked.name = f"{asked.script.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    elif asked.name is None:
         stem = Path(asked.given).stem if asked.given_file is None else asked.given_file.absolute().parent.name
         asked.name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
         arguments = [*arguments, "--name", asked.name]
@@ -91,13 +97,13 @@ def _submit(options: argparse.Namespace, console: Console) -> int:
             f"warning: {cluster.address} asks for no token, so whoever reaches it runs what they like there: "
             "start the cluster with RAY_AUTH_MODE=token", highlight=False,
         )  # fmt: skip
-    with shipped([] if asked.given_file is None else [asked.given_file]) as (folder, names):
+    with shipped([] if asked.given_file is None else [asked.given_file], script=asked.script if is_script else None) as (folder, names):
         if asked.given_file is not None:
             arguments = _renamed(arguments, asked.given, names[asked.given_file])
         pause_s = FIRST_PAUSE_S
         for attempt in range(options.retry + 1):
             job_id = cluster.submit(
-                ["python", "-m", "dist_gsl.cli", *arguments], name=asked.name, folder=folder, environment=environment
+                arguments if is_script else ["python", "-m", "dist_gsl.cli", *arguments], name=asked.name, folder=folder, environment=environment
             )
             console.print(f"job: {job_id}   dashboard: {cluster.dashboard(job_id)}", highlight=False)
             if uri := environment.get("MLFLOW_TRACKING_URI"):
@@ -108,10 +114,12 @@ def _submit(options: argparse.Namespace, console: Console) -> int:
             job = _follow(cluster, job_id, console)
             if job.status != "FAILED" or job.exit_code == 2 or attempt == options.retry:
                 break
-            console.print(f"job {job_id} failed; again in {pause_s:g} s, from its last checkpoint", highlight=False)
+            where = "" if is_script else ", from its last checkpoint"
+            console.print(f"job {job_id} failed; again in {pause_s:g} s{where}", highlight=False)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            arguments = [*(each for each in arguments if each not in ("--resume", "--start-or-resume")), "--start-or-resume"]
+            if not is_script:
+                arguments = [*(each for each in arguments if each not in ("--resume", "--start-or-resume")), "--start-or-resume"]
     console.print(f"job {job_id}: {_story(job)}", highlight=False)
     return 0 if job.status == "SUCCEEDED" else job.exit_code or 1
 
@@ -146,6 +154,17 @@ def _checked(arguments: Sequence[str]) -> argparse.Namespace:
     if config.data.dir is not None and storage.is_uri(config.data.dir):
         storage.check_address(config.data.dir)  # everybody who sees the dashboard sees the command
     return asked
+
+
+def _checked_script(arguments: Sequence[str]) -> argparse.Namespace:
+    script = Path(arguments[1]) if len(arguments) > 1 else None
+    if script is None or script.suffix != ".py":
+        raise ValueError("submit: name a script after `python`, such as benchmarks/learning/run.py")
+    if not script.is_file():
+        raise ValueError(f"submit: {script}: no such file")
+    if script.is_absolute() or ".." in script.parts or script.parent == Path():
+        raise ValueError(f"submit: {script} must lie in a folder below this one, which is shipped: go to the folder above it and name it from there")
+    return argparse.Namespace(script=script, given_file=None)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
