@@ -2,8 +2,9 @@
 
 The strength of the penalty is a number whose meaning nobody knows before the training; how large a network may be is often known. So one
 factor of all betas is set anew several times an epoch. At each look every neuron tells, by how its norm moved since the last one, how much
-the loss supports it, and so at which factor it would just be gone when the penalty ends: its lethal factor. The factor of them all at which
-what is left meets the budget is the one to go on with. When the budget is met the penalty ends.
+the loss supports it, and so at which factor it would just be gone by a given time: its lethal factor. What may be left falls from the whole network to the
+budget, fast at first, as it does under a constant penalty; the least factor at which what is left is allowed at several times to come is the one to go
+on with. (Aiming at the end alone kills too late: those that live are supported the more, the fewer they are.) When the budget is met the penalty ends.
 
 Nothing else changes: a neuron dies of the proximal step alone, and what is dead stays dead.
 """
@@ -34,6 +35,11 @@ LOOKS_PER_EPOCH = 16
 """Looks at the neurons in an epoch of the penalty; more where the budget is near."""
 FASTEST = 2.0
 """Times by which a look changes the factor at most."""
+EARLINESS = 3.0
+"""What is still to go is the share of the time that is left to this power (Zhu and Gupta 2017 have the same schedule for shares): about what a constant
+penalty does by itself."""
+DEADLINES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the time that is left, at whose ends what is left must be allowed."""
 LARGEST = 1e4
 """Times the given beta that the factor is at most."""
 
@@ -161,6 +167,8 @@ class Steering:
         """Of the betas that were given; 0 once the budget is met."""
         self.budget: float | None = None
         """What may be left, in the target's unit; known once the network is."""
+        self.whole = math.nan
+        """Of the starting network."""
         self._schedule, self._steps_per_epoch, self._num_steps = config.beta_schedule, steps_per_epoch, num_steps
         self._next_look = 0
         self._norms: dict[str, Tensor] = {}
@@ -169,14 +177,13 @@ class Steering:
         """By layer, what the penalty has taken from the norm of each of its neurons since then."""
         self._moved = 0.0
         """Sum of the learning rates since then."""
-        self.left: float | None = None
-        """What was left at the last look."""
         self.known: list[tuple[float, float]] = []
         """(multiply-adds, milliseconds) of networks that were timed."""
 
     def begin(self, cost: Cost) -> None:
         """Of a training that starts: takes what a percentage is of."""
-        self.budget = self.target.value if not self.target.is_percent else cost.whole() * self.target.value / 100
+        self.whole = cost.whole()
+        self.budget = self.target.value if not self.target.is_percent else self.whole * self.target.value / 100
 
     @property
     def is_met(self) -> bool:
@@ -202,6 +209,13 @@ class Steering:
         late = max(1, self._steps_per_epoch // 2)
         return min(self._num_steps, self._end + late * max(0, -(-(step + 1 - self._end) // late)))
 
+    def allowed(self, step: int) -> float:
+        """What may be left by a step, in the target's unit."""
+        assert self.budget is not None
+        start = self._schedule.start * self._steps_per_epoch
+        rest = min(1.0, max(0.0, (self._end - step) / max(1.0, self._end - start)))
+        return self.budget + max(0.0, self.whole - self.budget) * rest**EARLINESS
+
     def after_step(self, pulls: Mapping[str, float], learning_rate: float) -> None:
         """pulls: {layer name: what the step's penalty took from a norm}."""
         self._moved += learning_rate
@@ -223,7 +237,7 @@ class Steering:
         """
         assert self.budget is not None
         interval = max(1, self._steps_per_epoch // LOOKS_PER_EPOCH)
-        self.left = left = cost.now()
+        left = cost.now()
         if left <= self.budget:
             return 0.0, step
         norms = {layer.name: layer.in_starting_network(torch.where(layer.mask, _norms(neurons, layer), 0.0)) for layer in neurons}
@@ -233,34 +247,42 @@ class Steering:
         if not before or moved == 0:
             return self.factor, step + interval
         until = self._until(step)
-        ahead = math.fsum(learning_rate(each) for each in range(step, until))
-        if ahead == 0:
+        rates = [learning_rate(each) for each in range(step, until)]
+        if math.fsum(rates) == 0:
             return self.factor, step + interval
-        lethal = {}
-        for layer in neurons:
-            norm, last = (each[layer.name][layer.indices] for each in (norms, before))
-            weights = weights_of(layer)
-            support = (pulled.get(layer.name, 0.0) * weights - (last - norm)) / moved
-            pull = pull_of(layer) * weights
-            factors = ((norm / ahead + support) / pull).clamp_min(0).nan_to_num(nan=math.inf)
-            factors[~layer.mask] = 0.0
-            fewest = min(min_alive(layer), int(layer.mask.sum()))
-            if fewest:
-                factors[factors.topk(fewest).indices] = math.inf
-            lethal[layer.name] = factors
-        wanted = self._least(lethal, cost)
-        factor = min(max(wanted, self.factor / FASTEST), self.factor * FASTEST, LARGEST)
-        return factor, step + self._steps_to_next(lethal, cost, left=left, factor=factor, ahead=until - step, interval=interval)
 
-    def _least(self, lethal: Mapping[str, Tensor], cost: Cost) -> float:
-        """The smallest factor that leaves no more than the budget."""
-        assert self.budget is not None
+        def lethal_by(steps: int) -> dict[str, Tensor]:
+            """The lethal factor of each neuron that is to be gone in so many steps."""
+            ahead, lethal = math.fsum(rates[:steps]), {}
+            for layer in neurons:
+                norm, last = (each[layer.name][layer.indices] for each in (norms, before))
+                weights = weights_of(layer)
+                support = (pulled.get(layer.name, 0.0) * weights - (last - norm)) / moved
+                pull = pull_of(layer) * weights
+                factors = ((norm / ahead + support) / pull).clamp_min(0).nan_to_num(nan=math.inf)
+                factors[~layer.mask] = 0.0
+                fewest = min(min_alive(layer), int(layer.mask.sum()))
+                if fewest:
+                    factors[factors.topk(fewest).indices] = math.inf
+                lethal[layer.name] = factors
+            return lethal
+
+        wanted = 0.0
+        for steps in sorted({math.ceil(share * len(rates)) for share in DEADLINES}):
+            allowed = self.allowed(step + steps)
+            if left > allowed and any(rates[:steps]):
+                wanted = max(wanted, self._least(lethal_by(steps), cost, allowed))
+        factor = min(max(wanted, self.factor / FASTEST), self.factor * FASTEST, LARGEST)
+        return factor, step + self._steps_to_next(lethal_by(len(rates)), cost, left=left, factor=factor, ahead=len(rates), interval=interval)
+
+    def _least(self, lethal: Mapping[str, Tensor], cost: Cost, allowed: float) -> float:
+        """The smallest factor that leaves no more than is allowed."""
         candidates = torch.cat([factors[factors.isfinite()] for factors in lethal.values()]).unique()
-        low, high = 0, len(candidates)  # of candidates[: high] dying the budget is met, or none are left
+        low, high = 0, len(candidates)  # of candidates[: high] dying no more is left than allowed, or none are left
         while low < high:
             middle = (low + high) // 2
             at = float(candidates[middle])
-            if cost.of({name: factors > at for name, factors in lethal.items()}) <= self.budget:
+            if cost.of({name: factors > at for name, factors in lethal.items()}) <= allowed:
                 high = middle
             else:
                 low = middle + 1
@@ -282,14 +304,15 @@ class Steering:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "factor": self.factor, "budget": self.budget, "next_look": self._next_look, "norms": dict(self._norms), "pulled": dict(self._pulled),
-            "moved": self._moved, "left": self.left, "known": [list(each) for each in self.known],
+            "factor": self.factor, "budget": self.budget, "whole": self.whole, "next_look": self._next_look, "norms": dict(self._norms), "pulled": dict(self._pulled),
+            "moved": self._moved, "known": [list(each) for each in self.known],
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.factor, self.budget, self._next_look = float(state["factor"]), state["budget"], int(state["next_look"])
+        self.whole = float(state["whole"])
         self._norms, self._pulled, self._moved = dict(state["norms"]), dict(state["pulled"]), float(state["moved"])
-        self.left, self.known = state["left"], [(float(macs), float(ms)) for macs, ms in state["known"]]
+        self.known = [(float(macs), float(ms)) for macs, ms in state["known"]]
 
 
 def _norms(neurons: Neurons, layer: NeuronLayer) -> Tensor:

@@ -1,5 +1,6 @@
 """A budget instead of a beta: what a network costs, and that trainings end with what the budget allows."""
 
+import itertools
 import math
 import warnings
 from dataclasses import replace
@@ -19,7 +20,7 @@ from dist_gsl.training import checkpoint, loop
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.path import PathConfig
 from dist_gsl.training.state import RunState, build
-from dist_gsl.training.steering import Cost, Steering, Target, positions_of_weights
+from dist_gsl.training.steering import DEADLINES, EARLINESS, Cost, Steering, Target, positions_of_weights
 from tests.device import DEVICE
 from tests.training.trainings import NETWORK, TRAIN, TensorBatches, equal, trained
 
@@ -182,13 +183,35 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert rest[-1]["val_loss"] == records[-1]["val_loss"]
 
 
+def needed(norms: torch.Tensor, steering: Steering, *, step: int, end: int, taken: float) -> float:
+    """The largest factor over the deadlines, each by counting. taken: of each norm in a step at a factor of 1."""
+    found = []
+    for share in DEADLINES:
+        steps = math.ceil(share * (end - step))
+        allowed = 4 + 6 * ((end - step - steps) / (end - PENALTY.beta_schedule.start * 16)) ** EARLINESS
+        to_go = math.ceil(10 - allowed - 1e-9)
+        found.append(float(norms[to_go - 1]) / (steps * taken) if to_go else 0.0)
+    return max(found)
+
+
+def test_what_may_be_left_falls_from_all_to_the_budget() -> None:
+    steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200)
+    steering.budget, steering.whole = 4.0, 10.0
+    start, end = (round(16 * each) for each in (PENALTY.beta_schedule.start, PENALTY.beta_schedule.end or 0))
+    course = [steering.allowed(step) for step in range(200)]
+    assert course[: start + 1] == [10.0] * (start + 1)
+    assert course[end:] == [4.0] * (200 - end)
+    assert all(a >= b for a, b in itertools.pairwise(course))
+    assert course[(start + end) // 2] == pytest.approx(4 + 6 * 0.5**EARLINESS, abs=0.1), "most goes early"
+
+
 def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
-    """Neurons that nothing supports lose what the penalty takes: the factor at which so many of them are gone in time is exact."""
+    """Neurons that nothing supports lose what the penalty takes: the factor at which so many of them are gone by each deadline is exact."""
     first = nn.Linear(1, 10, bias=False)
     model = nn.Sequential(first, nn.ReLU(), nn.Linear(10, 1))
     neurons = find_neurons(model, torch.zeros(2, 1))
     steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200)
-    steering.budget = 4.0
+    steering.budget, steering.whole = 4.0, 10.0
     cost = Cost("neurons", model, neurons)
     norms = torch.arange(1.0, 11.0)
     options: dict[str, Any] = {
@@ -201,13 +224,13 @@ def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
         steering.after_step({"0": 0.2}, 0.1)
         first.weight[:, 0] = norms - 0.2
         factor, next_look = steering.look(neurons, cost, step=21, **options)
-    # 75 steps are left, of 0.1 * 2 * factor each: six of ten are gone if that is the norm of the sixth.
-    assert factor == pytest.approx(max(5.8 / (75 * 0.2), 0.5))
+    # 75 steps are left, of 0.1 * 2 * factor each. By each deadline so many are gone as the schedule asks if that takes the norm of the last of them.
+    assert factor == pytest.approx(max(needed(norms - 0.2, steering, step=21, end=96, taken=0.2), 0.5))
     assert next_look == 22
-    steering.decided(0.5, 22)
+    steering.decided(2.0, 22)
     steering.after_step({"0": 0.1}, 0.1)
     with torch.no_grad():  # all are supported by half of what is taken
         first.weight[:, 0] = norms - 0.2 - 0.05
         factor, _ = steering.look(neurons, cost, step=22, **options)
-    assert factor == pytest.approx((5.75 / (74 * 0.1) + 0.5) / 2, rel=1e-5)
+    assert factor == pytest.approx(needed(norms - 0.25, steering, step=22, end=96, taken=0.2) + 0.5 / 2, rel=1e-5)
     assert math.isfinite(factor)
