@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from benchmarks.learning.setting import Batches, Outcome, Setting, Split
+from benchmarks.learning.setting import DEVICE, Batches, Outcome, Setting, Split
 from dist_gsl import compact, find_neurons
 from dist_gsl.config import RunConfig
 from dist_gsl.measures import measure
 from dist_gsl.models import create_model
-from dist_gsl.penalty import PenaltyConfig, PerLayer
+from dist_gsl.penalty import PenaltyConfig, PerLayer, starting_betas
 from dist_gsl.training import loop
+from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.state import build
 
 NUM_CLASSES = 36
@@ -23,17 +25,25 @@ def network(config: RunConfig) -> dict[str, object]:
     return {"name": config.network.name, "num_classes": NUM_CLASSES, "width": config.network.width, "batch_norm": config.network.batch_norm}
 
 
-def trained(setting: Setting, seed: int, penalty: PenaltyConfig, *, target: str | None = None) -> Outcome:
-    """By the training loop, with removal at each epoch's end where the dead stay dead, and a last removal with its proof."""
+def trained(
+    setting: Setting, seed: int, penalty: PenaltyConfig, *, train: TrainConfig | None = None, target: str | None = None, watched: int | None = 250
+) -> Outcome:
+    """By the training loop, with removal at each epoch's end where the dead stay dead, and a last removal with its proof.
+
+    train: other than the setting's. watched: validation images that are looked at after each epoch; None: all.
+    """
     config = setting.config(seed)
-    train = replace(config.train, target=target)
-    batches = Batches(setting, seed)
+    train = replace(config.train if train is None else train, target=target)
+    batches, records = Batches(setting, seed), []
+    if penalty.every == "epoch":
+        penalty = in_absolute_units(setting, seed, penalty, steps_per_epoch=len(batches))
     state = build(
-        network(config), image_shape=(1, 32, 32), train=train, penalty=penalty, steps_per_epoch=len(batches), device=torch.device("cpu")
+        network(config), image_shape=(1, 32, 32), train=train, penalty=penalty, steps_per_epoch=len(batches), device=DEVICE
     )
     loop.train(
-        state, config=train, penalty=penalty, training_data=batches, validation_data=Split(setting, "val"), on_epoch=lambda state, record: None
-    )
+        state, config=train, penalty=penalty, training_data=batches, validation_data=Split(setting, "val", most=watched),
+        on_epoch=lambda state, record: records.append(record),
+    )  # fmt: skip
     state.optimizer.detach()
     measures = measure(state.model, state.neurons)
     alive = {layer.name: int(layer.mask.sum()) for layer in state.neurons}
@@ -42,8 +52,32 @@ def trained(setting: Setting, seed: int, penalty: PenaltyConfig, *, target: str 
     extra = {} if steering is None else {"budget": steering.budget, "met": steering.is_met}
     return Outcome(
         result.model, measures.neurons, sum(p.numel() for p in result.model.parameters()), measures.total_param, alive,
-        {"difference": result.max_abs_difference, **extra},
+        {"difference": result.max_abs_difference, "course": [round(record["val_top1"], 2) for record in records],
+         "alive": [round(100 - record["neurons"], 1) for record in records], **extra},
     )  # fmt: skip
+
+
+def from_dense(setting: Setting, seed: int, penalty: PenaltyConfig, *, dense: Path) -> Outcome:
+    """`--init`: from the weights of the dense network, which had as many epochs, with a fifth of its learning rate and the penalty on from the start."""
+    config = setting.config(seed)
+    schedule = penalty.beta_schedule
+    assert schedule.end is not None
+    return trained(
+        setting, seed, replace(penalty, beta_schedule=replace(schedule, start=0.0, end=schedule.end - schedule.start)),
+        train=replace(config.train, init=str(dense), learning_rate=config.train.learning_rate / 5), watched=None,
+    )  # fmt: skip
+
+
+def in_absolute_units(setting: Setting, seed: int, penalty: PenaltyConfig, *, steps_per_epoch: int) -> PenaltyConfig:
+    """With the betas that the same strengths are where the operator runs in every step. In epochs they would be whole numbers where it runs once in each."""
+    config = setting.config(seed)
+    torch.manual_seed(seed)  # as `build` does
+    neurons = find_neurons(create_model(**network(config)), torch.zeros(2, 1, 32, 32))  # type: ignore[arg-type]
+    betas = starting_betas(
+        replace(penalty, every="step"), neurons, steps_per_epoch=steps_per_epoch,
+        learning_rate=lambda step: config.train.learning_rate_at(step, steps_per_epoch=steps_per_epoch),
+    )  # fmt: skip
+    return replace(penalty, unit="absolute", beta=PerLayer(by_layer=betas))
 
 
 # --- penalties, each from a strength in epochs: smaller is stronger

@@ -1,75 +1,195 @@
-"""The page of the comparison: fronts as plots, one table, from the rows that run.py has written.
+"""The page of the comparison: fronts as plots and tables, from the rows that run.py has written.
 
-    python benchmarks/learning/page.py FOLDER OUT        writes OUT.md, OUT-fronts.svg, OUT-budget.svg
+    python benchmarks/learning/page.py FOLDER docs/learning.md
+
+What stands in the page between `<!-- NAME -->` and `<!-- end -->` is written anew, the rest stays; the plots lie beside it (learning-NAME.svg).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import re
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from benchmarks.learning.run import Method, methods, rows_of
+from benchmarks.learning.methods import CONTROL, FOR_PARTS, METHODS, OWN, PART, RIVAL, rows_of
 from dist_gsl.pareto import front, hypervolume
 
 REFERENCE = (50.0, 100.0)
 """Top-1 of 50 %, all neurons left: fixed before the first run."""
+WITHIN = 2.0
+"""Percent of the neurons that a budget may be missed by."""
+SIZES = (50, 30, 20, 10)
+"""Percent of the neurons left, at which accuracies are compared."""
+BELOW = 0.3
+"""Points of accuracy that a budget's network may be below the default's front."""
 Rows = list[dict[str, Any]]
 
 
-def mean_and_error(values: list[float]) -> str:
+def mean_and_error(values: Sequence[float], digits: int = 2) -> str:
     if not values:
         return "-"
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.2f} ± {error:.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+
+
+def by_seed(rows: Rows) -> dict[int, Rows]:
+    found: dict[int, Rows] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        found[row["seed"]].append(row)
+    return dict(found)
 
 
 def points_of(rows: Rows, split: str) -> list[tuple[float, float]]:
+    """(top-1, percent of the neurons that are left) of each."""
     return [(row[f"{split}_top1"], 100 - row["neurons"]) for row in rows]
 
 
-def volumes(rows: Rows, split: str) -> list[float]:
-    """Of each seed's front. Every method may also leave the network as it is: the dense network is a point of all of them."""
-    by_seed: dict[int, Rows] = defaultdict(list)
-    for row in rows:
-        by_seed[row["seed"]].append(row)
-    return [hypervolume(points_of(its, split), reference=REFERENCE) for _, its in sorted(by_seed.items())]
+def volumes(rows: Rows, split: str) -> dict[int, float]:
+    """Hypervolume of each seed's front, which is that of the validation split, also where its accuracy is that of the test split."""
+    found = {}
+    for seed, its in by_seed(rows).items():
+        chosen = front(points_of(its, "val"))
+        found[seed] = hypervolume([points_of(its, split)[i] for i in chosen], reference=REFERENCE)
+    return found
 
 
-def least_neurons(rows: Rows, dense: Rows, *, loss: float) -> list[float]:
-    """Percent of the neurons that are enough for the dense network's validation accuracy less `loss` points, by seed; 100 where none is."""
+def least_neurons(rows: Rows, dense: Rows) -> list[float]:
+    """Percent of the neurons that are enough for the dense network's validation accuracy, by seed; 100 where none is."""
     found = []
     for base in dense:
-        enough = [100 - row["neurons"] for row in rows if row["seed"] == base["seed"] and row["val_top1"] >= base["val_top1"] - loss]
+        enough = [100 - row["neurons"] for row in rows if row["seed"] == base["seed"] and row["val_top1"] >= base["val_top1"]]
         found.append(min(enough, default=100.0))
     return found
 
 
-def table(by_method: dict[str, Rows], names: dict[str, Method]) -> list[str]:
-    dense = by_method.get("none", [])
+def over(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+    return [ours[seed] / theirs[seed] for seed in sorted(set(ours) & set(theirs)) if theirs[seed] > 0]
+
+
+def at_size(rows: Rows, left: float) -> list[float]:
+    """Each seed's accuracy with so many neurons left, where its front reaches them."""
+    return [top1 for its in by_seed(rows).values() if (top1 := on_front(its, left)) is not None]
+
+
+def table(rows_by: dict[str, Rows], kinds: Sequence[str]) -> list[str]:
+    """Best first, by what validation says."""
+    dense = rows_by["none"]
+    named = {name: rows for name, rows in rows_by.items() if METHODS[name].kind in kinds and len(METHODS[name].strengths) > 1}
+    found = {name: volumes(rows, "val") for name, rows in named.items()}
+    sizes = "".join(f" top-1 at {left} % |" for left in SIZES)
     lines = [
-        "| method | trainings | hypervolume, validation | test | neurons left at the dense network's accuracy, % | best validation top-1 | seconds a training |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | trainings | hypervolume | the default's over it | hypervolume, test |{sizes} neurons left at the dense network's accuracy, % | seconds |",
+        "|---|---|---|---|---|" + "---|" * len(SIZES) + "---|---|",
     ]
-    order = sorted(by_method, key=lambda name: -statistics.mean(volumes(by_method[name] + dense, "val")))
-    for name in order:
-        rows = by_method[name]
-        together = rows if name == "none" else rows + dense
-        best = [max(row["val_top1"] for row in rows if row["seed"] == seed) for seed in sorted({row["seed"] for row in rows})]
+    for name in sorted(named, key=lambda name: -statistics.mean(found[name].values())):
+        rows = named[name]
+        at = "".join(f" {of_seeds(at_size(rows, left), rows)} |" for left in SIZES)
         lines.append(
-            f"| {name}: {names[name].title} | {len(rows)} | {mean_and_error(volumes(together, 'val'))} | {mean_and_error(volumes(together, 'test'))} "
-            f"| {mean_and_error(least_neurons(together, dense, loss=0.0))} | {mean_and_error(best)} | {statistics.mean(row['seconds'] for row in rows):.0f} |"
+            f"| {name}: {METHODS[name].title} | {len(rows)} | {mean_and_error(list(found[name].values()), 0)} "
+            f"| {mean_and_error(over(found['default'], found[name]), 3)} | {mean_and_error(list(volumes(rows, 'test').values()), 0)} |{at} "
+            f"{mean_and_error(least_neurons(rows, dense), 1)} | {statistics.mean(row['seconds'] for row in rows):.0f} |"
         )
     return lines
 
 
-def draw(by_method: dict[str, Rows], path: Path, *, only: list[str]) -> None:
+def of_seeds(values: Sequence[float], rows: Rows, digits: int = 1) -> str:
+    """With how many seeds reach so far, where not all do."""
+    num_seeds = len(by_seed(rows))
+    return mean_and_error(values, digits) + ("" if len(values) in (0, num_seeds) else f" ({len(values)} of {num_seeds} seeds)")
+
+
+def single_networks(rows_by: dict[str, Rows]) -> list[str]:
+    """Networks that nothing is removed from."""
+    return [
+        f"{name}, {METHODS[name].title}: validation {mean_and_error([row['val_top1'] for row in rows])}, test {mean_and_error([row['test_top1'] for row in rows])}, "
+        f"{mean_and_error([row['parameters'] for row in rows], 0)} parameters, {statistics.mean(row['seconds'] for row in rows):.0f} seconds.  "
+        for name, rows in rows_by.items() if len(METHODS[name].strengths) == 1
+    ]  # fmt: skip
+
+
+def per_strength(rows_by: dict[str, Rows], names: Sequence[str]) -> list[str]:
+    """What each strength came to: mean and standard error over the seeds."""
+    lines = ["| method | strength | neurons gone, % | top-1, validation | parameters left |", "|---|---|---|---|---|"]
+    for name in names:
+        for strength in METHODS[name].strengths:
+            rows = [row for row in rows_by.get(name, []) if row["strength"] == strength]
+            if rows:
+                lines.append(
+                    f"| {name} | {strength:g} | {mean_and_error([row['neurons'] for row in rows], 1)} | {mean_and_error([row['val_top1'] for row in rows])} "
+                    f"| {mean_and_error([row['parameters'] for row in rows], 0)} |"
+                )
+    return lines
+
+
+def on_front(rows: Rows, left: float) -> float | None:
+    """Accuracy of a seed's front where so many neurons are left, on straight lines between its points; None beyond its ends."""
+    points = points_of(rows, "val")
+    kept = sorted((points[i][1], points[i][0]) for i in front(points))
+    for (a, low), (b, high) in itertools.pairwise(kept):
+        if a <= left <= b:
+            return low + (high - low) * (left - a) / (b - a) if b > a else max(low, high)
+    best = max(kept)
+    return best[1] if left >= best[0] else None  # with more neurons than the best point has, that point can be taken
+
+
+def budgets(rows_by: dict[str, Rows]) -> list[str]:
+    """Each budget against the front of fixed betas of the same seed."""
+    fixed = by_seed(rows_by["default"] + rows_by["between"] + rows_by["none"])
+    lines = [
+        "| may be left, % | left, % | off by, at most | top-1, validation | less the front of fixed betas | missed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for strength in METHODS["target"].strengths:
+        rows = [row for row in rows_by["target"] if row["strength"] == strength and row["seed"] in fixed]
+        if not rows:
+            continue
+        at = [(row["val_top1"], on_front(fixed[row["seed"]], 100 - row["neurons"])) for row in rows]
+        differences = [top1 - of_front for top1, of_front in at if of_front is not None]
+        off = max(abs(100 - row["neurons"] - strength) for row in rows)
+        missed = ["size"] * (off > WITHIN) + ["accuracy"] * (bool(differences) and statistics.mean(differences) < -BELOW)
+        lines.append(
+            f"| {strength:g} | {mean_and_error([100 - row['neurons'] for row in rows], 1)} | {off:.1f} | {mean_and_error([row['val_top1'] for row in rows])} "
+            f"| {of_seeds(differences, rows, 2) if differences else 'no front there'} | {' and '.join(missed)} |"
+        )
+    return lines
+
+
+def from_dense(rows_by: dict[str, Rows]) -> list[str]:
+    """Starts from pretrained weights: what they keep on the way and at the end."""
+    dense = {row["seed"]: row["val_top1"] for row in rows_by["none"]}
+    rows_by = {"init": [row for row in rows_by["init"] if row["seed"] in dense]}
+    lines = ["| strength | neurons gone, % | top-1 at the end, less the dense network's | lowest after any epoch, less it |", "|---|---|---|---|"]
+    for strength in METHODS["init"].strengths:
+        rows = [row for row in rows_by["init"] if row["strength"] == strength]
+        if rows:
+            lines.append(
+                f"| {strength:g} | {mean_and_error([row['neurons'] for row in rows], 1)} "
+                f"| {mean_and_error([row['val_top1'] - dense[row['seed']] for row in rows])} "
+                f"| {mean_and_error([min(row['course']) - dense[row['seed']] for row in rows])} |"
+            )
+    return lines
+
+
+def sensitivity(rows: Rows) -> list[str]:
+    top1, gone = [row["val_top1"] for row in rows], [row["neurons"] for row in rows]
+    return [
+        f"{len(rows)} pairs: validation top-1 {statistics.mean(top1):.2f}, standard deviation {statistics.stdev(top1):.2f} ({min(top1):.2f} to {max(top1):.2f}); "
+        f"neurons gone {statistics.mean(gone):.1f} %, standard deviation {statistics.stdev(gone):.1f} ({min(gone):.1f} to {max(gone):.1f})."
+    ]
+
+
+def draw(rows_by: dict[str, Rows], path: Path, names: Sequence[str], *, bold: str = "default") -> None:
+    """Accuracy over neurons left: every training a dot, the front of all seeds a line."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -78,51 +198,81 @@ def draw(by_method: dict[str, Rows], path: Path, *, only: list[str]) -> None:
     plt.rcParams["svg.hashsalt"] = "dist_gsl"
     figure, axis = plt.subplots(figsize=(8, 5.5))
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for number, name in enumerate(name for name in only if name in by_method):
-        points = points_of(by_method[name], "val")
+    names = [name for name in names if rows_by.get(name)]
+    for number, name in enumerate(names):
+        points = points_of(rows_by[name], "val")
         kept = front(points)
-        is_ours = name == "default"
-        axis.scatter([p[1] for p in points], [p[0] for p in points], s=14, color=colours[number % 20], alpha=0.5)
-        axis.plot(
-            [points[i][1] for i in kept], [points[i][0] for i in kept], label=name, color=colours[number % 20], linewidth=2.5 if is_ours else 1.2
-        )
+        colour = "black" if name == bold else colours[number % 20]
+        axis.scatter([p[1] for p in points], [p[0] for p in points], s=14, color=colour, alpha=0.5)
+        axis.plot([points[i][1] for i in kept], [points[i][0] for i in kept], label=name, color=colour, linewidth=2.5 if name == bold else 1.2)
+    dense = statistics.mean(row["val_top1"] for row in rows_by["none"])
+    axis.axhline(dense, color="grey", linestyle=":", linewidth=1, label="no penalty")
+    shown = [row["val_top1"] for name in names for row in rows_by[name]]
+    axis.set_ylim(max(min(shown) - 1, dense - 15), max(shown) + 1)
+    axis.set_xlim(0, 101)
     axis.set_xlabel("neurons left, %")
     axis.set_ylabel("validation top-1, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, ncols=2)
+    axis.legend(fontsize=8, ncols=2, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
-def main() -> None:
+def filled(text: str, parts: dict[str, list[str]]) -> str:
+    """The page with its parts written anew. `ValueError` for one that it has no place for."""
+    for name, lines in parts.items():
+        found = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", re.DOTALL)
+        if not found.search(text):
+            raise ValueError(f"the page has no place for {name!r}: a line <!-- {name} -->, and <!-- end --> after it")
+        text = found.sub(lambda _, name=name, lines=lines: "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"]), text)  # type: ignore[misc]
+    return text
+
+
+def parts_of(rows_by: dict[str, Rows], failed: Rows) -> dict[str, list[str]]:
+    seeds = sorted({row["seed"] for row in rows_by["none"]})
+    lost = "".join(f" Failed: {row['method']} {row['strength']:g}, seed {row['seed']} ({row['error']})." for row in failed)
+    hours = sum(row["seconds"] for rows in rows_by.values() for row in rows) / 3600
+    found = {
+        "date": [f"{date.today()}; seeds {', '.join(map(str, seeds))}; {sum(map(len, rows_by.values()))} trainings, {hours:.1f} hours of one core.{lost}"],
+        "rivals": [*table(rows_by, (OWN, RIVAL, CONTROL)), "", *single_networks(rows_by)], "parts": table({**rows_by, "default": [row for row in rows_by["default"] if row["strength"] in FOR_PARTS]}, (OWN, PART)),
+        "strengths": per_strength(rows_by, [name for name, method in METHODS.items() if method.kind in (OWN, PART, RIVAL, CONTROL)]),
+    }  # fmt: skip
+    for name, made in (("target", budgets), ("init", from_dense)):
+        if rows_by.get(name):
+            found[name] = made(rows_by)
+    if len(rows_by.get("sensitivity", [])) > 1:
+        found["sensitivity"] = sensitivity(rows_by["sensitivity"])
+    return found
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("page", type=Path)
     options = parser.parse_args()
-    names = methods()
-    by_method: dict[str, Rows] = defaultdict(list)
+    rows_by: dict[str, Rows] = defaultdict(list)
+    failed: Rows = []
     for row in rows_of(options.folder):
-        by_method[row["method"]].append(row)
-    if not by_method:
-        raise SystemExit(f"page: {options.folder} has no rows; run benchmarks/learning/run.py {options.folder} first")
-    fronts = [name for name in names if name in by_method and name not in ("target", "sensitivity", "none", "max-pool-2d", "l2")]
-    draw(by_method, options.out.with_name(f"{options.out.name}-fronts.svg"), only=fronts)
-    compared = {name: rows for name, rows in by_method.items() if name not in ("target", "sensitivity")}
-    print(f"{date.today()}\n")
-    print("\n".join(table(compared, names)))
-    if "target" in by_method:
-        print("\n| may be left, % | left | validation top-1 |\n|---|---|---|")
-        for strength in sorted({row["strength"] for row in by_method["target"]}, reverse=True):
-            rows = [row for row in by_method["target"] if row["strength"] == strength]
-            print(f"| {strength:g} | {mean_and_error([100 - row['neurons'] for row in rows])} | {mean_and_error([row['val_top1'] for row in rows])} |")
-    if "sensitivity" in by_method:
-        rows = by_method["sensitivity"]
-        print(
-            f"\n{len(rows)} pairs of beta over a factor of ten: validation top-1 {statistics.mean(row['val_top1'] for row in rows):.2f}, standard deviation "
-            f"{statistics.stdev(row['val_top1'] for row in rows):.2f}; neurons gone {statistics.mean(row['neurons'] for row in rows):.1f} %, "
-            f"{statistics.stdev(row['neurons'] for row in rows):.1f}"
-        )
+        if row["method"] in METHODS and row["strength"] in METHODS[row["method"]].strengths:
+            (failed if "error" in row else rows_by[row["method"]]).append(row)
+    lacking = [name for name in ("none", "default") if not rows_by[name]]
+    if lacking:
+        print(f"page: {options.folder} has no rows of {lacking[0]!r}; run benchmarks/learning/run.py {options.folder} first", file=sys.stderr)
+        return 2
+    try:
+        text = filled(options.page.read_text(), parts_of(rows_by, failed))
+    except (OSError, ValueError) as error:
+        print(f"page: {options.page}: {error}", file=sys.stderr)
+        return 2
+    options.page.write_text(text)
+    beside = options.page.with_suffix("")
+    kinds = {kind: [name for name, method in METHODS.items() if method.kind in (kind, OWN) and name != "none"] for kind in (PART, RIVAL)}
+    draw(rows_by, beside.with_name(f"{beside.name}-rivals.svg"), [*kinds[RIVAL], "scratch", "max-pool-2d"])
+    draw(rows_by, beside.with_name(f"{beside.name}-parts.svg"), kinds[PART])
+    draw(rows_by, beside.with_name(f"{beside.name}-use.svg"), ["default", "between", "target", "init", "sensitivity"])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

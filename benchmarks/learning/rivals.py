@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.learning.ours import network
-from benchmarks.learning.setting import Batches, Outcome, Setting, loss_of
+from benchmarks.learning.setting import DEVICE, Batches, Outcome, Setting, loss_of
 from dist_gsl import compact, create_model, find_neurons
 from dist_gsl.measures import measure
+from dist_gsl.models.layers import init_relu_network
 from dist_gsl.neurons import NeuronLayer, Neurons
 from dist_gsl.penalty import SparseGroupLasso, row_norms
 from dist_gsl.removal import set_widths
@@ -33,8 +34,14 @@ NORM_THRESHOLD = 1e-2
 def started(setting: Setting, seed: int) -> tuple[nn.Module, Neurons]:
     """The network that every method starts from with this seed."""
     torch.manual_seed(seed)
-    model = create_model(**network(setting.config(seed))).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
-    return model, find_neurons(model, torch.zeros(2, 1, 32, 32))
+    model = create_model(**network(setting.config(seed)))  # type: ignore[arg-type]
+    neurons = find_neurons(model, torch.zeros(2, 1, 32, 32))
+    model = on_device(model)
+    return model, neurons.bound_to(model)
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    return model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def optimizer_of(model: nn.Module, setting: Setting, seed: int, **options: Any) -> torch.optim.Optimizer:
@@ -75,7 +82,7 @@ def outcome(model: nn.Module, neurons: Neurons, **extra: Any) -> Outcome:
     return Outcome(result.model, measures.neurons, sum(p.numel() for p in result.model.parameters()), measures.total_param, alive, extra)
 
 
-def no_penalty(setting: Setting, seed: int, strength: float) -> Outcome:
+def no_penalty(setting: Setting, seed: int) -> Outcome:
     model, neurons = started(setting, seed)
     fit(model, optimizer_of(model, setting, seed), setting, seed)
     return outcome(model, neurons)
@@ -91,16 +98,21 @@ def thresholded(model: nn.Module, neurons: Neurons) -> Outcome:
         for piece in layer.producers:
             p = neurons.parameter(piece.tensor)
             p.masked_fill_(p.abs() < L1_THRESHOLD, 0)
-    kill(neurons, {layer.name: row_norms(neurons.parts(layer)) == 0 for layer in neurons})
+    kill(neurons, norms_of(neurons), limit=0.0)
     return outcome(model, neurons)
 
 
-def kill(neurons: Neurons, dead: Mapping[str, Tensor]) -> None:
-    """At least one neuron of a layer stays, its last."""
+def norms_of(neurons: Neurons) -> dict[str, Tensor]:
+    return {layer.name: row_norms(neurons.parts(layer)).detach().clone() for layer in neurons}
+
+
+def kill(neurons: Neurons, scores: Mapping[str, Tensor], *, limit: float) -> None:
+    """Who is at or below the limit; of a layer at least the best stays."""
     for layer in neurons:
-        which = dead[layer.name].clone()
+        values = scores[layer.name].cpu()
+        which = values <= limit
         if bool(which.all()):
-            which[-1] = False
+            which[values.argmax()] = False
         neurons.zero_({layer.name: which.nonzero().flatten()})
 
 
@@ -129,9 +141,11 @@ def owned_by(neurons: Neurons) -> list[nn.Parameter]:
 
 
 def gradient_group_lasso(setting: Setting, seed: int, strength: float) -> Outcome:
-    """beta sqrt(P) theta / |theta| added to the gradient, to the end; who is below a share of the starting norm is cut."""
+    """beta sqrt(P) theta / |theta| added to the gradient until the demo's penalty ends; then who is below a share of the starting norm is cut, and the
+    rest is fine-tuned."""
     model, neurons = started(setting, seed)
-    norms = {layer.name: row_norms(neurons.parts(layer)).detach() for layer in neurons}
+    norms = norms_of(neurons)
+    optimizer, end = optimizer_of(model, setting, seed), end_of_penalty(setting)
 
     def regularise() -> None:
         for layer in neurons:
@@ -141,9 +155,9 @@ def gradient_group_lasso(setting: Setting, seed: int, strength: float) -> Outcom
                 assert p.grad is not None
                 p.grad.add_(p.detach() * factors.view(-1, *[1] * (p.dim() - 1)))
 
-    fit(model, optimizer_of(model, setting, seed), setting, seed, regularise=regularise)
-    kill(neurons, {layer.name: row_norms(neurons.parts(layer)).detach() < NORM_THRESHOLD * norms[layer.name] for layer in neurons})
-    return outcome(model, neurons)
+    fit(model, optimizer, setting, seed, last=end, regularise=regularise)
+    shares = {name: now / norms[name] for name, now in norms_of(neurons).items()}
+    return tuned(setting, seed, model, neurons, optimizer, shares, limit=NORM_THRESHOLD, first=end)
 
 
 # --- cut once, and fine-tune
@@ -155,21 +169,28 @@ def cut_and_tune(
 ) -> Outcome:  # fmt: skip
     """Trains to the end of the demo's penalty, cuts the share of the neurons with the lowest scores in the whole network, and goes on."""
     model, neurons = started(setting, seed)
-    end = setting.config(seed).penalty.beta_schedule.end
-    assert end is not None
-    optimizer = optimizer_of(model, setting, seed)
+    optimizer, end = optimizer_of(model, setting, seed), end_of_penalty(setting)
     fit(model, optimizer, setting, seed, last=end, regularise=regularise(model))
     scores = {layer.name: score(neurons, layer).detach() for layer in neurons}
-    limit = torch.cat(list(scores.values())).quantile(share)
-    return tuned(setting, seed, model, neurons, optimizer, {name: values < limit for name, values in scores.items()}, end)
+    limit = float(torch.cat(list(scores.values())).quantile(share))
+    return tuned(setting, seed, model, neurons, optimizer, scores, limit=limit, first=end)
+
+
+def end_of_penalty(setting: Setting) -> float:
+    """Epochs after which the demo's penalty ends, and who cuts cuts."""
+    end = setting.config(0).penalty.beta_schedule.end
+    assert end is not None
+    return end
 
 
 def tuned(
-    setting: Setting, seed: int, model: nn.Module, neurons: Neurons, optimizer: torch.optim.Optimizer, dead: Mapping[str, Tensor], first: float
-) -> Outcome:
-    kill(neurons, dead)
+    setting: Setting, seed: int, model: nn.Module, neurons: Neurons, optimizer: torch.optim.Optimizer, scores: Mapping[str, Tensor], *, limit: float,
+    first: float,
+) -> Outcome:  # fmt: skip
+    """Without those at or below the limit, momentum kept."""
+    kill(neurons, scores, limit=limit)
     result = compact(model, neurons, optimizer)
-    small = result.model.to(memory_format=torch.channels_last)
+    small = on_device(result.model)
     fresh = optimizer_of(small, setting, seed)
     assert result.optimizer_state is not None
     fresh.load_state_dict(result.optimizer_state)
@@ -187,8 +208,9 @@ def magnitude(setting: Setting, seed: int, share: float) -> Outcome:
     return cut_and_tune(setting, seed, share, score)
 
 
-def slimming(setting: Setting, seed: int, share: float, *, weight: float = 1e-4) -> Outcome:
-    """L1 on BatchNorm's scales while training; who has the smallest goes."""
+def slimming(setting: Setting, seed: int, share: float, *, weight: float = 1e-3, relative: bool = True) -> Outcome:
+    """L1 on BatchNorm's scales while training; who has the smallest goes, or (relative) the smallest over the mean of its layer: absolute ones
+    leave one neuron in some layers here."""
 
     def regularise(model: nn.Module) -> Regulariser:
         scales = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -202,28 +224,27 @@ def slimming(setting: Setting, seed: int, share: float, *, weight: float = 1e-4)
 
     def score(neurons: Neurons, layer: NeuronLayer) -> Tensor:
         (scale,) = [neurons.parameter(piece.tensor) for piece in layer.producers if ".bn" in f".{piece.tensor}" and piece.tensor.endswith("weight")]
-        return scale.abs()
+        return scale.abs() / scale.abs().mean() if relative else scale.abs()
 
     return cut_and_tune(setting, seed, share, score, regularise)
 
 
-def torch_pruning(setting: Setting, seed: int, share: float, *, weight: float = 1e-4) -> Outcome:
-    """GroupNormPruner as its authors run it: its own regularisation while training, its own cut, then fine-tuning."""
+def torch_pruning(setting: Setting, seed: int, share: float, *, weight: float = 5e-3) -> Outcome:
+    """GroupNormPruner as its authors run it: its own regularisation while training, its own cut, then fine-tuning; the weight is ten times their
+    largest, for so few steps."""
     import torch_pruning as tp
 
     model, neurons = started(setting, seed)
-    whole = {layer.name: layer.num_neurons for layer in neurons}
-    end = setting.config(seed).penalty.beta_schedule.end
-    assert end is not None
+    whole, end = {layer.name: layer.num_neurons for layer in neurons}, end_of_penalty(setting)
     last = [module for module in model.modules() if isinstance(module, nn.Linear)]
     pruner = tp.pruner.GroupNormPruner(
-        model, torch.zeros(2, 1, 32, 32), importance=tp.importance.GroupMagnitudeImportance(p=2), reg=weight, pruning_ratio=share, global_pruning=True,
+        model, torch.zeros(2, 1, 32, 32, device=DEVICE), importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer="max"), reg=weight, pruning_ratio=share, global_pruning=True,
         ignored_layers=last,
     )  # fmt: skip
     pruner.update_regularizer()
     fit(model, optimizer_of(model, setting, seed), setting, seed, last=end, regularise=lambda: pruner.regularize(model))
     pruner.step()
-    small = model.to(memory_format=torch.channels_last)
+    small = on_device(model)
     fit(small, optimizer_of(small, setting, seed), setting, seed, first=end)
     left = {name: small.get_submodule(name).out_channels for name in whole}
     gone = 100 * (1 - sum(left.values()) / sum(whole.values()))  # type: ignore[arg-type]
@@ -272,11 +293,11 @@ class RMDA(torch.optim.Optimizer):
             p.lerp_(twin, self.c)
 
 
-def rmda(setting: Setting, seed: int, strength: float, *, lr: float = 0.1) -> Outcome:
+def rmda(setting: Setting, seed: int, strength: float, *, lr: float = 3.0, c: float = 0.1) -> Outcome:
     """As its authors schedule it: at each drop of the rate c rises as much, and averaging starts anew."""
     model, neurons = started(setting, seed)
     train, steps = setting.config(seed).train, len(Batches(setting, seed))
-    optimizer = RMDA(model, neurons, SparseGroupLasso(beta=strength), lr=lr, c=0.01)
+    optimizer = RMDA(model, neurons, SparseGroupLasso(beta=strength), lr=lr, c=c)
     drops = [round(epoch * steps) for epoch in train.drop_epochs]
 
     def after_step(step: int) -> None:
@@ -288,7 +309,7 @@ def rmda(setting: Setting, seed: int, strength: float, *, lr: float = 0.1) -> Ou
         model, optimizer, setting, seed, after_step=after_step,
         rate=lambda step: lr * train.drop_factor ** sum(step >= drop for drop in drops),
     )  # fmt: skip
-    kill(neurons, {layer.name: row_norms(neurons.parts(layer)) == 0 for layer in neurons})
+    kill(neurons, norms_of(neurons), limit=0.0)
     return outcome(model, neurons)
 
 
@@ -305,14 +326,20 @@ def of_widths(setting: Setting, seed: int, width_of: Callable[[NeuronLayer], int
     whole, neurons = started(setting, seed)
     widths = {layer.name: width_of(layer) for layer in neurons}
     model, _ = set_widths(whole, neurons, {name: torch.arange(width) for name, width in widths.items()})
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
-            module.reset_parameters()
-    model = model.to(memory_format=torch.channels_last)
+    begin_anew(model, seed)
+    model = on_device(model)
     fit(model, optimizer_of(model, setting, seed), setting, seed)
     gone = 100 * (1 - sum(widths.values()) / sum(layer.num_neurons for layer in neurons))
     return Outcome(model, gone, sum(p.numel() for p in model.parameters()), float("nan"), widths, {})
+
+
+def begin_anew(model: nn.Module, seed: int) -> None:
+    """As `create_model` begins a network, but not with a part of the same numbers."""
+    torch.manual_seed(1_000_000 + seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    init_relu_network(model)
 
 
 def from_scratch(setting: Setting, seed: int, widths: Mapping[str, int]) -> Outcome:
@@ -320,10 +347,9 @@ def from_scratch(setting: Setting, seed: int, widths: Mapping[str, int]) -> Outc
     return of_widths(setting, seed, lambda layer: widths[layer.name])
 
 
-def max_pool_2d(setting: Setting, seed: int, strength: float) -> Outcome:
+def max_pool_2d(setting: Setting, seed: int) -> Outcome:
     """Dec3's counterpart of as many neurons: each pair of one-dimensional filters is one layer of two-dimensional ones, as wide as both."""
     sizes = [layer.num_neurons for layer in started(setting, seed)[1]]
-    torch.manual_seed(seed)
     parts: list[nn.Module] = []
     channels = 1
     for number, (kernel, padding) in enumerate(((9, 4), (9, 4), (8, 0))):
@@ -331,6 +357,7 @@ def max_pool_2d(setting: Setting, seed: int, strength: float) -> Outcome:
         parts += [nn.Conv2d(channels, width, kernel, padding=padding, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         parts += [nn.MaxPool2d(2)] if padding else []
         channels = width
-    model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(channels, 36)).to(memory_format=torch.channels_last)
+    model = on_device(nn.Sequential(*parts, nn.Flatten(), nn.Linear(channels, 36)))
+    begin_anew(model, seed)
     fit(model, optimizer_of(model, setting, seed), setting, seed)
     return Outcome(model, 0.0, sum(p.numel() for p in model.parameters()), float("nan"), {}, {"num_neurons": sum(sizes)})

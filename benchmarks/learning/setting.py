@@ -20,6 +20,9 @@ from dist_gsl.config import RunConfig
 from dist_gsl.recipes import find
 from dist_gsl.training import session
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where all methods train."""
+
 
 class Batch(NamedTuple):
     images: Tensor
@@ -35,7 +38,10 @@ class Setting:
     width: float
     """Of Dec3, as a share of the paper's."""
     epochs: int
-    seeds: tuple[int, ...] = (0, 1, 2)
+    num_evaluated: int = 5000
+    """Images of the validation split, and of the test split."""
+    batch_size: int = 64
+    weight_decay: float = 5e-4
 
     def config(self, seed: int) -> RunConfig:
         """The demo's, over the epochs of this setting, by one process."""
@@ -44,18 +50,26 @@ class Setting:
         schedule = demo.penalty.beta_schedule
         assert schedule.end is not None
         return replace(
-            demo, network=replace(demo.network, width=self.width), data=replace(demo.data, num_train=self.num_train),
+            demo, network=replace(demo.network, width=self.width),
+            data=replace(demo.data, num_train=self.num_train, num_val=self.num_evaluated, num_test=self.num_evaluated),
             penalty=replace(demo.penalty, beta_schedule=replace(schedule, start=schedule.start * scale, end=schedule.end * scale)),
             train=replace(
-                demo.train, epochs=self.epochs, seed=seed, drop_epochs=tuple(scale * each for each in demo.train.drop_epochs),
+                demo.train, epochs=self.epochs, batch_size=self.batch_size, weight_decay=self.weight_decay, seed=seed, drop_epochs=tuple(scale * each for each in demo.train.drop_epochs),
                 warmup_epochs=demo.train.warmup_epochs * scale,
             ),
             workers=replace(demo.workers, num=1),
         )  # fmt: skip
 
 
-SMALL = Setting("small", num_train=3000, width=0.125, epochs=16)
-LARGE = Setting("large", num_train=185_639, width=1.0, epochs=45)
+SETTINGS = {
+    each.name: each
+    for each in (
+        Setting("tiny", num_train=64, width=1 / 16, epochs=8, num_evaluated=100, batch_size=32),
+        Setting("small", num_train=2000, width=0.125, epochs=16),
+        Setting("large", num_train=185_639, width=1.0, epochs=45, batch_size=256),
+    )
+}
+"""tiny says nothing but that all of it runs."""
 
 
 class Images(NamedTuple):
@@ -71,7 +85,7 @@ def images_of(setting: Setting, split: str) -> Images:
     config = setting.config(0)
     loader = session.make_loader(config, split, data.prepare(config.data).absolute(), train=False)
     batches = [(batch.images.clone(), batch.targets.clone()) for batch in loader]
-    return Images(torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches]))
+    return Images(torch.cat([images for images, _ in batches]).to(DEVICE), torch.cat([targets for _, targets in batches]).to(DEVICE))
 
 
 class Batches:
@@ -91,15 +105,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.start, len(self)):
-            which = self.order[step * self.size : (step + 1) * self.size]
+            which = self.order[step * self.size : (step + 1) * self.size].to(DEVICE)
             yield Batch(self.images[which].contiguous(memory_format=torch.channels_last), self.targets[which])
 
 
 class Split:
-    """Another split, for an evaluation."""
+    """Another split, for an evaluation; or its first images alone."""
 
-    def __init__(self, setting: Setting, split: str, size: int = 250) -> None:
-        self.found, self.size = images_of(setting, split), size
+    def __init__(self, setting: Setting, split: str, size: int = 250, *, most: int | None = None) -> None:
+        images, targets = images_of(setting, split)
+        self.found, self.size = Images(images[:most], targets[:most]), size
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         pass

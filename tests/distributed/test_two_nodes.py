@@ -7,6 +7,7 @@ folder that all see.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -49,6 +50,9 @@ DISTURBED_EPOCHS = 30
 def train(name: str, epochs: int = EPOCHS) -> list[str]:
     return ["train", "digits", "--name", name, "--train.epochs", str(epochs), "--penalty.beta.rest", "4",
             "--penalty.beta-schedule.start", "0", "--penalty.beta-schedule.end", "3"]  # fmt: skip
+
+
+COMPARISON = Path("benchmarks/learning")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,17 @@ def check_whole(net: Network, name: str, epochs: int) -> None:
     )
     done = net.run([BIN / "python", "-c", code], MLFLOW_TRACKING_URI=MLFLOW)
     assert json.loads(done.stdout.splitlines()[-1]) == [["FINISHED", list(range(1, epochs + 1))]], done.stderr
+
+
+def test_the_comparison_of_methods_runs_on_the_cluster(net: Network) -> None:
+    shutil.copytree(Path(__file__).parents[2] / COMPARISON, net.folder / COMPARISON)
+    made = net.runs / "comparison"
+    command = ["python", str(COMPARISON / "run.py"), str(made), "--setting", "tiny", "--seeds", "0", "--ray", "--only", "none", "init", "magnitude"]
+    done = gsl(net, "submit", "--address", JOBS, "--", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (made / "rows.jsonl").read_text().splitlines()]
+    assert {name: sum(row["method"] == name for row in rows) for name in ("none", "init", "magnitude")} == {"none": 1, "init": 5, "magnitude": 5}
+    assert (made / "dense-0.pt").is_file()
 
 
 def test_training_crosses_the_link_and_gives_what_one_node_gives(
