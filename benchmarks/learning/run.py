@@ -95,7 +95,8 @@ def by_ray(tasks: Sequence[Task], setting: str, folder: Path) -> Iterator[dict[s
     import ray
 
     # A job's folder is on the path of all its workers.
-    ray.init(log_to_driver=False, runtime_env=None if launch.is_job() else {"env_vars": {"PYTHONPATH": str(ROOT)}})
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, runtime_env=None if launch.is_job() else {"env_vars": {"PYTHONPATH": str(ROOT)}})
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(work)
     waiting = [remote.remote(setting, folder, task) for task in tasks]
