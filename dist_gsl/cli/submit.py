@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from dist_gsl import storage
 from dist_gsl.cli import train, tune
@@ -202,8 +202,14 @@ def _follow(cluster: Cluster, job_id: str, console: Console) -> Job:
 def _jobs(options: argparse.Namespace, console: Console) -> int:
     cluster = Cluster(options.address)
     if options.action == "list":
-        table = Table("job", "run", "status", "began", "lasts", "message")
-        for job in cluster.jobs():
+        jobs = cluster.jobs()
+        longest = max((len(job.id) for job in jobs), default=0)
+        table = Table(
+            Column("job", no_wrap=True, min_width=longest),  # to be copied whole
+            Column("run", overflow="fold"), Column("status", no_wrap=True, min_width=len("succeeded")),
+            Column("began", overflow="fold"), "lasts", "message",
+        )  # fmt: skip
+        for job in jobs:
             began = "-" if job.start is None else f"{datetime.fromtimestamp(job.start):%Y-%m-%d %H:%M:%S}"
             message = job.message if job.status == "FAILED" else ""
             table.add_row(job.id, job.name, job.status.lower(), began, _duration(job), message[:120])

@@ -131,19 +131,6 @@ def check_whole(net: Network, name: str, epochs: int) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == [["FINISHED", list(range(1, epochs + 1))]], done.stderr
 
 
-def test_the_comparison_of_methods_runs_on_the_cluster(net: Network) -> None:
-    shutil.copytree(Path(__file__).parents[2] / COMPARISON, net.folder / COMPARISON)
-    made = net.runs / "comparison"
-    command = ["python", str(COMPARISON / "run.py"), str(made), "--setting", "tiny", "--seeds", "0", "--ray", "--only", "none", "init", "magnitude"]
-    done = gsl(net, "submit", "--address", JOBS, "--", *command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (made / "rows.jsonl").read_text().splitlines()]
-    assert {name: sum(row["method"] == name for row in rows) for name in ("none", "init", "magnitude")} == {
-        name: len(METHODS[name].strengths) for name in ("none", "init", "magnitude")
-    }
-    assert (made / "dense-0.pt").is_file()
-
-
 def test_training_crosses_the_link_and_gives_what_one_node_gives(
     net: Network, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +164,19 @@ def test_jobs_are_listed_and_their_output_is_kept(net: Network) -> None:
     missing = gsl(net, "jobs", "logs", "nothing", "--address", JOBS)
     assert missing.returncode == 2
     assert "has no job 'nothing'" in missing.stderr
+
+
+def test_the_comparison_of_methods_runs_on_the_cluster(net: Network) -> None:
+    shutil.copytree(Path(__file__).parents[2] / COMPARISON, net.folder / COMPARISON)
+    made = net.runs / "comparison"
+    command = ["python", str(COMPARISON / "run.py"), str(made), "--setting", "tiny", "--seeds", "0", "--ray", "--only", "none", "init", "magnitude"]
+    done = gsl(net, "submit", "--address", JOBS, "--", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (made / "rows.jsonl").read_text().splitlines()]
+    assert {name: sum(row["method"] == name for row in rows) for name in ("none", "init", "magnitude")} == {
+        name: len(METHODS[name].strengths) for name in ("none", "init", "magnitude")
+    }
+    assert (made / "dense-0.pt").is_file()
 
 
 def kill_a_worker(net: Network) -> None:
