@@ -150,7 +150,8 @@ def test_a_budget_is_met(directory: Path) -> None:
 
 
 def test_init_goes_on_with_what_a_run_has_learned(directory: Path) -> None:
-    weak = ["--train.epochs", "1", "--train.warmup-epochs", "0", "--train.learning-rate", "0.005", "--penalty.beta.rest", "100", "--penalty.beta-schedule.start", "0"]
+    weak = ["--train.epochs", "1", "--train.warmup-epochs", "0", "--train.learning-rate", "0.001", "--penalty.unit", "absolute",
+            "--penalty.beta.rest", "1e-6", "--penalty.beta-schedule.start", "0"]  # fmt: skip
     assert main(["train", "digits", "--name", "further", "--init", "runs/first-baseline", "--no-tracking", *weak]) == 0
     first, further = (runs.RunFolder(directory / "runs" / name).state()["history"] for name in ("first-baseline", "further"))
     assert further[0]["val_top1"] > first[-1]["val_top1"] - 3
