@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from dist_gsl.training.state import build
 NUM_CLASSES = 36
 
 
-def network(config: RunConfig) -> dict[str, object]:
+def network(config: RunConfig) -> dict[str, Any]:
     return {"name": config.network.name, "num_classes": NUM_CLASSES, "width": config.network.width, "batch_norm": config.network.batch_norm}
 
 
@@ -72,7 +73,7 @@ def in_absolute_units(setting: Setting, seed: int, penalty: PenaltyConfig, *, st
     """With the betas that the same strengths are where the operator runs in every step. In epochs they would be whole numbers where it runs once in each."""
     config = setting.config(seed)
     torch.manual_seed(seed)  # as `build` does
-    neurons = find_neurons(create_model(**network(config)), torch.zeros(2, 1, 32, 32))  # type: ignore[arg-type]
+    neurons = find_neurons(create_model(**network(config)), torch.zeros(2, 1, 32, 32))
     betas = starting_betas(
         replace(penalty, every="step"), neurons, steps_per_epoch=steps_per_epoch,
         learning_rate=lambda step: config.train.learning_rate_at(step, steps_per_epoch=steps_per_epoch),
@@ -117,7 +118,7 @@ def each_epoch(setting: Setting, strength: float) -> PenaltyConfig:
 def without_root(setting: Setting, strength: float) -> PenaltyConfig:
     """beta_l without the root of P_l: as strong as the default in the layer that fixes the unit."""
     config = setting.config(0)
-    neurons = find_neurons(create_model(**network(config)), torch.zeros(2, 1, 32, 32))  # type: ignore[arg-type]
+    neurons = find_neurons(create_model(**network(config)), torch.zeros(2, 1, 32, 32))
     sizes = {layer.name: layer.group_size for layer in neurons}
     last = list(sizes.values())[-1]
     return replace(default(setting, strength), beta=PerLayer(by_layer={name: strength * math.sqrt(size / last) for name, size in sizes.items()}))

@@ -222,10 +222,10 @@ def draw(rows_by: dict[str, Rows], path: Path, names: Sequence[str], *, bold: st
 def filled(text: str, parts: dict[str, list[str]]) -> str:
     """The page with its parts written anew. `ValueError` for one that it has no place for."""
     for name, lines in parts.items():
-        found = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", re.DOTALL)
-        if not found.search(text):
+        place = re.search(rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", text, re.DOTALL)
+        if place is None:
             raise ValueError(f"the page has no place for {name!r}: a line <!-- {name} -->, and <!-- end --> after it")
-        text = found.sub(lambda _, name=name, lines=lines: "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"]), text)  # type: ignore[misc]
+        text = text[: place.start()] + "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"]) + text[place.end() :]
     return text
 
 

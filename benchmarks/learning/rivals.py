@@ -34,14 +34,14 @@ NORM_THRESHOLD = 1e-2
 def started(setting: Setting, seed: int) -> tuple[nn.Module, Neurons]:
     """The network that every method starts from with this seed."""
     torch.manual_seed(seed)
-    model = create_model(**network(setting.config(seed)))  # type: ignore[arg-type]
+    model = create_model(**network(setting.config(seed)))
     neurons = find_neurons(model, torch.zeros(2, 1, 32, 32))
     model = on_device(model)
     return model, neurons.bound_to(model)
 
 
 def on_device(model: nn.Module) -> nn.Module:
-    return model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(DEVICE).to(memory_format=torch.channels_last)
 
 
 def optimizer_of(model: nn.Module, setting: Setting, seed: int, **options: Any) -> torch.optim.Optimizer:

@@ -24,16 +24,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in each process
+sys.path.insert(0, str(Path(__file__).absolute().parent.parent.parent))
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.learning.methods import METHODS, rows_of
+from benchmarks.learning.setting import SETTINGS, images_of, top1
+from dist_gsl import heap, launch
+
 ROOT = Path(__file__).absolute().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
-
-from benchmarks.learning.methods import METHODS, rows_of  # noqa: E402
-from benchmarks.learning.setting import SETTINGS, images_of, top1  # noqa: E402
-from dist_gsl import heap, launch  # noqa: E402
 
 
 class Task(NamedTuple):
