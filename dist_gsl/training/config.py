@@ -57,7 +57,8 @@ class TrainConfig:
     channels_last: bool = True
     """Memory layout of images and filters; faster on most hardware, about 1.6 times on a CPU for Dec3."""
     ema: float | None = None
-    """Decay a step of a moving average of the parameters, which is then what is evaluated and kept; None: off."""
+    """Decay a step of a moving average of the parameters, which is then what is evaluated and kept, with BatchNorm's statistics of its own, estimated at
+    the end of each epoch from the last 16 steps' data; None: off."""
     target: str | None = None
     """What may be left: neurons=50%, params=100000, macs=30% or latency_ms=2.5 (an image alone, on a worker). The penalty is steered so that the
     training meets it by penalty.beta_schedule.end; the betas are where it starts from. None: the betas are what they are."""

@@ -20,6 +20,7 @@ from dist_gsl.penalty import PenaltyConfig
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.shrinking import Rule, shrink
 from dist_gsl.training.state import MicroBatch, Position, RunState
+from dist_gsl.training.statistics import NUM_STEPS, estimate_statistics
 from dist_gsl.training.steering import shortfall, steer
 from dist_gsl.training.watch import Outside, Watch
 
@@ -105,6 +106,9 @@ def train(
         seconds = seconds_before + time.perf_counter() - began
         state.position, state.seconds = Position(epoch + 1, 0), 0.0
         dist.all_reduce(totals)
+        if state.average is not None:
+            training_data.set_epoch(epoch, max(0, steps_per_epoch - NUM_STEPS))
+            estimate_statistics(state.average.module, (part for batch in training_data for part in _parts(state, config, batch)))
         for buffer in state.evaluated.buffers():  # running statistics are each worker's own
             dist.broadcast(buffer, 0)
         validation = evaluate(state.evaluated, validation_data, config, device=device)
@@ -176,9 +180,8 @@ def train_step(state: RunState, config: TrainConfig, batch: Batch) -> Tensor:
     its number, and buffers such as running statistics are those that the first one leaves, as all processes take them from the first in the end.
     """
     state.optimizer.zero_grad()
-    num_samples = len(batch.targets)
-    state.optimizer.set_num_samples(num_samples, total=config.batch_size)
-    micro_batches = state.micro_batches or [MicroBatch(dist.get_rank(), num_samples)]
+    state.optimizer.set_num_samples(len(batch.targets), total=config.batch_size)
+    micro_batches = _micro_batches(state, batch)
     sizes = [each.size for each in micro_batches]
     buffers = [b for b in state.model.buffers() if b.numel()] if len(sizes) > 1 else []
     first_buffers: list[Tensor] = []
@@ -194,6 +197,17 @@ def train_step(state: RunState, config: TrainConfig, batch: Batch) -> Tensor:
     if state.average is not None:
         state.average.update_parameters(state.model)
     return totals
+
+
+def _micro_batches(state: RunState, batch: Batch) -> list[MicroBatch]:
+    """Of this worker's part of a step."""
+    return state.micro_batches or [MicroBatch(dist.get_rank(), len(batch.targets))]
+
+
+def _parts(state: RunState, config: TrainConfig, batch: Batch) -> Iterator[Tensor]:
+    """The images of each forward pass of a step, which BatchNorm sees alone."""
+    for images in batch.images.split([each.size for each in _micro_batches(state, batch)]):
+        yield from images.tensor_split(max(1, min(config.accumulate, len(images))))
 
 
 def _forward_and_backward(state: RunState, config: TrainConfig, images: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:
