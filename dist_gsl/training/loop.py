@@ -106,9 +106,9 @@ def train(
         seconds = seconds_before + time.perf_counter() - began
         state.position, state.seconds = Position(epoch + 1, 0), 0.0
         dist.all_reduce(totals)
-        if state.average is not None:
+        if state.average is not None and rank == 0:
             training_data.set_epoch(epoch, max(0, steps_per_epoch - NUM_STEPS))
-            estimate_statistics(state.average.module, (part for batch in training_data for part in _parts(state, config, batch)))
+            estimate_statistics(state.average.module, (part for batch in training_data for part in _first_parts(state, config, batch)))
         for buffer in state.evaluated.buffers():  # running statistics are each worker's own
             dist.broadcast(buffer, 0)
         validation = evaluate(state.evaluated, validation_data, config, device=device)
@@ -204,10 +204,10 @@ def _micro_batches(state: RunState, batch: Batch) -> list[MicroBatch]:
     return state.micro_batches or [MicroBatch(dist.get_rank(), len(batch.targets))]
 
 
-def _parts(state: RunState, config: TrainConfig, batch: Batch) -> Iterator[Tensor]:
-    """The images of each forward pass of a step, which BatchNorm sees alone."""
-    for images in batch.images.split([each.size for each in _micro_batches(state, batch)]):
-        yield from images.tensor_split(max(1, min(config.accumulate, len(images))))
+def _first_parts(state: RunState, config: TrainConfig, batch: Batch) -> tuple[Tensor, ...]:
+    """The images of the forward passes whose running statistics a step leaves, by the first process."""
+    images = batch.images[: _micro_batches(state, batch)[0].size]
+    return images.tensor_split(max(1, min(config.accumulate, len(images))))
 
 
 def _forward_and_backward(state: RunState, config: TrainConfig, images: Tensor, targets: Tensor, *, is_last: bool) -> Tensor:

@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 NUM_STEPS = 16
-"""Steps of training data that they are estimated from: a mean of so many batches' statistics, of all workers."""
+"""Steps of training data that they are estimated from: a mean of so many batches' statistics."""
 
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, parts: Iterable[Tensor]) -> None:
-    """Sets the running mean and variance of every BatchNorm to the mean of those of `parts`, over all processes.
+    """Sets the running mean and variance of every BatchNorm to the mean of those of `parts`.
 
-    parts: images, each part as one forward pass of training has it. All other modules are as in evaluation: what dropout hides
-    would not be hidden there. Every process calls it, each with at least one part.
+    parts: images, at least one part, each as one forward pass of training has it. All other modules are as in evaluation: what dropout
+    hides is not hidden there.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
@@ -35,15 +34,8 @@ def estimate_statistics(model: nn.Module, parts: Iterable[Tensor]) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # torch's plain mean
         norm.train()
-    num_parts = 0
     for images in parts:
         model(images)
-        num_parts += 1
-    means = [norm.get_buffer(name) for norm in norms for name in ("running_mean", "running_var")]
-    weighted = torch.cat([means[0].new_full((1,), num_parts), *(num_parts * buffer.flatten() for buffer in means)])
-    dist.all_reduce(weighted)
-    for buffer, total in zip(means, weighted[1:].split([buffer.numel() for buffer in means]), strict=True):
-        buffer.copy_(total.view_as(buffer) / weighted[0])
     for norm, (momentum, num_batches) in zip(norms, before, strict=True):
         norm.momentum = momentum
         norm.get_buffer("num_batches_tracked").copy_(num_batches)

@@ -19,7 +19,6 @@ from dist_gsl import ProximalSGD, SparseGroupLasso, compact, find_neurons, hook
 from dist_gsl.neurons import Neurons
 from dist_gsl.training.shrinking import agree
 from dist_gsl.training.state import build
-from dist_gsl.training.statistics import estimate_statistics
 from tests.networks import IMAGE, batches, chain
 from tests.training.trainings import NETWORK, PENALTY, TRAIN, Course
 
@@ -326,18 +325,6 @@ def with_buffers_of_the_first(rank: int, *, ema: float | None) -> dict[str, Any]
         "losses": [each.losses for each in courses], "num_removals": courses[0].num_removals,
         "val": [[record["val_loss"] for record in each.records] for each in courses], "state": {n: t.tolist() for n, t in own.items() if "running" in n},
     }  # fmt: skip
-
-
-def statistics_of_both(rank: int) -> dict[str, Any]:
-    """Of parts that are spread unevenly, and of all of them in one process."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
-    parts = list(torch.randn(5, 4, 1, 7, 7))
-    estimate_statistics(model, parts[:2] if rank == 0 else parts[2:])
-    together = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with mock.patch.object(torch.distributed, "all_reduce"):
-        estimate_statistics(model, parts)
-    return {"difference": max(float((buffer - together[name]).abs().max()) for name, buffer in model.named_buffers())}
 
 
 def death_in_one_process(rank: int, *, norm: float) -> dict[str, Any]:

@@ -30,10 +30,6 @@ def test_running_statistics_need_not_be_handed_out(pair: Pair, ema: float | None
     assert results[0]["state"]
 
 
-def test_statistics_are_those_of_all_processes(pair: Pair) -> None:
-    assert [result["difference"] < 1e-6 for result in pair.run("statistics_of_both")] == [True, True]
-
-
 def test_the_first_process_steers(pair: Pair) -> None:
     first, second = pair.run("steered")
     assert first == second
