@@ -223,7 +223,7 @@ def told() -> dict[str, list[dict[str, Any]]]:
     rows += [row("default", seed, 2.2, 80.0, 50.0) for seed in (0, 1)] + [row("magnitude", seed, 0.45, 70.0, 50.0) for seed in (0, 1)]
     rows += [row("between", seed, 5.0, 80.0, 25.0) for seed in (0, 1)]
     rows += [row("target", seed, 50, 79.8, 51.0) for seed in (0, 1)] + [row("target", seed, 70, 79.0, 33.0) for seed in (0, 1)]
-    rows += [row("init", seed, 4.0, 81.0, 40.0, course=[79.0, 81.0]) for seed in (0, 1)]
+    rows += [row("init", seed, METHODS["init"].strengths[-1], 81.0, 40.0, course=[79.0, 81.0]) for seed in (0, 1)]
     rows += [row("sensitivity", 0, number, 79.0 + number, 40.0 + number) for number in range(3)]
     found: dict[str, list[dict[str, Any]]] = {}
     for each in rows:

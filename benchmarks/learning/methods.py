@@ -26,7 +26,7 @@ AT_EPOCHS = (4.0, 3.0, 2.6, 2.3, 2.0, 1.7)
 """Where the operator runs at the end of each epoch, from the first one: much goes at once there."""
 BETWEEN = (5.0, 1.5, 0.9)
 """More of the default's, for a front that budgets are compared with."""
-FROM_DENSE = (5.5, 4.7, 4.0, 3.3)
+FROM_DENSE = (7.0, 5.5, 4.8, 4.2)
 """At a fifth of the learning rate, at which the loss holds on to a neuron a fifth as much in an epoch."""
 SHARES = (0.25, 0.45, 0.6, 0.7, 0.8, 0.9)
 """Of the neurons, that methods which are told how many cut."""

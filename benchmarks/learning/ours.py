@@ -14,12 +14,14 @@ from dist_gsl import compact, find_neurons
 from dist_gsl.config import RunConfig
 from dist_gsl.measures import measure
 from dist_gsl.models import create_model
-from dist_gsl.penalty import PenaltyConfig, PerLayer, starting_betas
+from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule, starting_betas
 from dist_gsl.training import loop
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.state import build
 
 NUM_CLASSES = 36
+AVERAGE = 0.98
+"""Decay a step of the moving average of a start from dense weights."""
 
 
 def network(config: RunConfig) -> dict[str, Any]:
@@ -46,9 +48,9 @@ def trained(
         on_epoch=lambda state, record: records.append(record),
     )  # fmt: skip
     state.optimizer.detach()
-    measures = measure(state.model, state.neurons)
+    measures = measure(state.evaluated, state.neurons)
     alive = {layer.name: int(layer.mask.sum()) for layer in state.neurons}
-    result = compact(state.model, state.neurons)
+    result = compact(state.evaluated, state.neurons.bound_to(state.evaluated))
     steering = state.steering
     extra = {} if steering is None else {"budget": steering.budget, "met": steering.is_met}
     return Outcome(
@@ -59,13 +61,12 @@ def trained(
 
 
 def from_dense(setting: Setting, seed: int, penalty: PenaltyConfig, *, dense: Path) -> Outcome:
-    """`--init`: from the weights of the dense network, which had as many epochs, with a fifth of its learning rate and the penalty on from the start."""
+    """`--init`: from the weights of the dense network, which had as many epochs, with a fifth of its learning rate, the penalty on from the start to the
+    end, and a moving average: while norms shrink, normalised layers take larger steps, whose noise the average does not have."""
     config = setting.config(seed)
-    schedule = penalty.beta_schedule
-    assert schedule.end is not None
     return trained(
-        setting, seed, replace(penalty, beta_schedule=replace(schedule, start=0.0, end=schedule.end - schedule.start)),
-        train=replace(config.train, init=str(dense), learning_rate=config.train.learning_rate / 5), watched=None,
+        setting, seed, replace(penalty, beta_schedule=Schedule()),
+        train=replace(config.train, init=str(dense), learning_rate=config.train.learning_rate / 5, ema=AVERAGE), watched=None,
     )  # fmt: skip
 
 

@@ -315,7 +315,9 @@ def build(
     )
     steering = None
     if train.target is not None:
-        steering = Steering(Target.parse(train.target), penalty, steps_per_epoch=steps_per_epoch, num_steps=train.epochs * steps_per_epoch)
+        steering = Steering(
+            Target.parse(train.target), penalty, steps_per_epoch=steps_per_epoch, num_steps=train.epochs * steps_per_epoch, learning_rate=setup.learning_rate
+        )
         if state is not None and state.get("steering") is not None:
             steering.load_state_dict(state["steering"])
     regulariser = make_penalty(

@@ -3,7 +3,8 @@
 The strength of the penalty is a number whose meaning nobody knows before the training; how large a network may be is often known. So one
 factor of all betas is set anew several times an epoch. At each look every neuron tells, by how its norm moved since the last one, how much
 the loss supports it, and so at which factor it would just be gone by a given time: its lethal factor. What may be left falls from the whole network to the
-budget, fast at first, as it does under a constant penalty; the least factor at which what is left is allowed at several times to come is the one to go
+budget, fast at first, as it does under a constant penalty, in the time that norms know, the sum of the learning rates: after the last drop of a rate there is
+hardly time to kill, and none to recover. The least factor at which what is left is allowed at several times to come is the one to go
 on with. (Aiming at the end alone kills too late: those that live are supported the more, the fewer they are.) When the budget is met the penalty ends.
 
 Nothing else changes: a neuron dies of the proximal step alone, and what is dead stays dead.
@@ -11,6 +12,8 @@ Nothing else changes: a neuron dies of the proximal step alone, and what is dead
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -36,10 +39,12 @@ LOOKS_PER_EPOCH = 16
 FASTEST = 2.0
 """Times by which a look changes the factor at most."""
 EARLINESS = 3.0
-"""What is still to go is the share of the time that is left to this power (Zhu and Gupta 2017 have the same schedule for shares): about what a constant
+"""What is still to go is the share of the way that is left to this power (Zhu and Gupta 2017 have the same schedule for shares): about what a constant
 penalty does by itself."""
 DEADLINES = (0.25, 0.5, 0.75, 1.0)
-"""Shares of the time that is left, at whose ends what is left must be allowed."""
+"""Shares of the way that is left, at whose ends what is left must be allowed."""
+MET_BY = 0.8
+"""Share of the way by which the budget is met where the penalty's schedule has no end: what goes later leaves no time to recover."""
 LARGEST = 1e4
 """Times the given beta that the factor is at most."""
 
@@ -160,8 +165,8 @@ class Steering:
     decides, and `decided` takes its decision over.
     """
 
-    def __init__(self, target: Target, config: PenaltyConfig, *, steps_per_epoch: int, num_steps: int) -> None:
-        """num_steps: of the whole training."""
+    def __init__(self, target: Target, config: PenaltyConfig, *, steps_per_epoch: int, num_steps: int, learning_rate: Callable[[int], float]) -> None:
+        """num_steps: of the whole training; learning_rate: of a step."""
         self.target = target
         self.factor = 1.0
         """Of the betas that were given; 0 once the budget is met."""
@@ -170,6 +175,8 @@ class Steering:
         self.whole = math.nan
         """Of the starting network."""
         self._schedule, self._steps_per_epoch, self._num_steps = config.beta_schedule, steps_per_epoch, num_steps
+        self._way = list(itertools.accumulate((learning_rate(step) for step in range(num_steps)), initial=0.0))
+        """Sum of the learning rates before each step: how far a norm can have come."""
         self._next_look = 0
         self._norms: dict[str, Tensor] = {}
         """At the last look, (starting_neurons,) each."""
@@ -201,7 +208,15 @@ class Steering:
     def _end(self) -> int:
         """The step by which the budget is to be met."""
         end = self._schedule.end
-        return self._num_steps if end is None else min(self._num_steps, round(end * self._steps_per_epoch))
+        if end is not None:
+            return min(self._num_steps, round(end * self._steps_per_epoch))
+        begin, last = self._way[self._start], self._way[-1]
+        return bisect.bisect_left(self._way, begin + MET_BY * (last - begin)) if last > begin else self._num_steps
+
+    @property
+    def _start(self) -> int:
+        """The first step with a penalty."""
+        return min(self._num_steps, math.ceil(self._schedule.start * self._steps_per_epoch))
 
     def _until(self, step: int) -> int:
         """The step by which the budget is to be met, seen from another. Where the schedule has ended without it, half an epoch later, and so on: a time
@@ -212,8 +227,8 @@ class Steering:
     def allowed(self, step: int) -> float:
         """What may be left by a step, in the target's unit."""
         assert self.budget is not None
-        start = self._schedule.start * self._steps_per_epoch
-        rest = min(1.0, max(0.0, (self._end - step) / max(1.0, self._end - start)))
+        begin, now, end = (self._way[min(each, self._end)] for each in (self._start, step, self._end))
+        rest = min(1.0, (end - now) / (end - begin)) if now < end else 0.0
         return self.budget + max(0.0, self.whole - self.budget) * rest**EARLINESS
 
     def after_step(self, pulls: Mapping[str, float], learning_rate: float) -> None:
@@ -268,7 +283,8 @@ class Steering:
             return lethal
 
         wanted = 0.0
-        for steps in sorted({math.ceil(share * len(rates)) for share in DEADLINES}):
+        way = list(itertools.accumulate(rates))
+        for steps in sorted({bisect.bisect_left(way, share * way[-1] * (1 - 1e-12)) + 1 for share in DEADLINES}):
             allowed = self.allowed(step + steps)
             if left > allowed and any(rates[:steps]):
                 wanted = max(wanted, self._least(lethal_by(steps), cost, allowed))

@@ -195,7 +195,7 @@ def needed(norms: torch.Tensor, steering: Steering, *, step: int, end: int, take
 
 
 def test_what_may_be_left_falls_from_all_to_the_budget() -> None:
-    steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200)
+    steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200, learning_rate=lambda step: 0.1)
     steering.budget, steering.whole = 4.0, 10.0
     start, end = (round(16 * each) for each in (PENALTY.beta_schedule.start, PENALTY.beta_schedule.end or 0))
     course = [steering.allowed(step) for step in range(200)]
@@ -205,12 +205,22 @@ def test_what_may_be_left_falls_from_all_to_the_budget() -> None:
     assert course[(start + end) // 2] == pytest.approx(4 + 6 * 0.5**EARLINESS, abs=0.1), "most goes early"
 
 
+def test_time_is_the_sum_of_the_learning_rates() -> None:
+    """A rate that drops to a tenth in the middle leaves a tenth of the way for the second half; without an end of its own the budget is met before."""
+    for end, steps in (20.0, ((0, 110), (55, 55), (100, 10), (150, 5), (200, 0))), (None, ((0, 88), (44, 44), (88, 0), (150, 0))):
+        penalty = PenaltyConfig(beta=PerLayer(rest=1.0), beta_schedule=Schedule(end=end))
+        steering = Steering(Target("neurons", 50, True), penalty, steps_per_epoch=10, num_steps=200, learning_rate=lambda step: 1.0 if step < 100 else 0.1)
+        steering.budget, steering.whole = 50.0, 100.0
+        for step, way in steps:
+            assert steering.allowed(step) == pytest.approx(50 + 50 * (way / steps[0][1]) ** EARLINESS), (end, step)
+
+
 def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
     """Neurons that nothing supports lose what the penalty takes: the factor at which so many of them are gone by each deadline is exact."""
     first = nn.Linear(1, 10, bias=False)
     model = nn.Sequential(first, nn.ReLU(), nn.Linear(10, 1))
     neurons = find_neurons(model, torch.zeros(2, 1))
-    steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200)
+    steering = Steering(Target("neurons", 40, True), PENALTY, steps_per_epoch=16, num_steps=200, learning_rate=lambda step: 0.1)
     steering.budget, steering.whole = 4.0, 10.0
     cost = Cost("neurons", model, neurons)
     norms = torch.arange(1.0, 11.0)
