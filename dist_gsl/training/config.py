@@ -53,7 +53,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Clips the norm of the whole gradient; the step is then taken after backward instead of overlapping with it."""
     autocast: bool = False
-    """bfloat16 arithmetic where it is safe; parameters stay float32."""
+    """bfloat16 arithmetic where it is safe; parameters stay float32. For devices that have it: a processor without it takes up to ten times as long."""
     channels_last: bool = True
     """Memory layout of images and filters; faster on most hardware, about 1.6 times on a CPU for Dec3."""
     ema: float | None = None
