@@ -280,7 +280,7 @@ class PenaltyConfig:
     unit: str = "absolute"
     """"absolute": beta as in the objective. "epochs": beta is given as a number of epochs E and stands for the beta at
     which a neuron of the starting norm in `reference_layer`, never supported by the loss, dies after E epochs of the
-    schedule; a smaller E is a stronger penalty, 0 is no penalty."""
+    schedule, or as much less as E is longer than the schedule; a smaller E is a stronger penalty, 0 is no penalty."""
     reference_layer: str | None = None
     """The layer that fixes beta where the unit is epochs; None: the last layer with neurons."""
     every: str = "step"
@@ -345,9 +345,12 @@ def starting_betas(
         raise ValueError(f"penalty.reference_layer {reference!r} has no neuron alive to say what an epoch is; name another layer")
     median = rows[rows.norm(dim=1).argsort()[len(rows) // 2]][None]
     beta_of = {0.0: 0.0}
+    schedule = config.beta_schedule
+    longest = math.inf if schedule.end is None or schedule.end == schedule.start else schedule.end - schedule.start
     for epochs in set(betas.values()) - {0.0}:
-        steps = _proximal_steps(config, alpha, epochs, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate)
-        beta_of[epochs] = _lethal_beta(median, steps, group_size=layer.group_size)
+        within = min(epochs, longest)
+        steps = _proximal_steps(config, alpha, within, steps_per_epoch=steps_per_epoch, learning_rate=learning_rate)
+        beta_of[epochs] = _lethal_beta(median, steps, group_size=layer.group_size) * within / epochs
     return {name: beta_of[epochs] for name, epochs in betas.items()}
 
 

@@ -446,6 +446,13 @@ def test_fewer_epochs_are_a_stronger_penalty_and_0_is_none(neurons: Neurons) -> 
     assert betas["fc1"] == 0
 
 
+def test_more_epochs_than_the_schedule_has_are_as_much_weaker(neurons: Neurons) -> None:
+    config = PenaltyConfig(beta=PerLayer(by_layer={"conv1": 2.0, "conv2": 3.0, "fc1": 6.0}), unit="epochs", beta_schedule=Schedule(start=1.0, end=4.0))
+    betas = starting_betas(config, neurons, steps_per_epoch=10, learning_rate=lambda step: 0.1)
+    assert betas["conv2"] == pytest.approx(2 * betas["fc1"])
+    assert betas["conv1"] == pytest.approx(3 * betas["fc1"])
+
+
 def test_epochs_without_a_penalised_step_are_refused(neurons: Neurons) -> None:
     config = PenaltyConfig(beta=PerLayer(rest=2.0), unit="epochs", beta_schedule=Schedule(start=1.0, end=1.0))
     with pytest.raises(ValueError, match=r"beta_schedule\.end"):
