@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,13 @@ def run(
         check_baseline(baseline, settled)
     elif with_baseline:
         baseline = check_name(runs_dir, f"{name}{BASELINE}", resume=resume and baseline_exists, config=plain)
+    trained = [folder, *([baseline] if baseline is not None and baseline_name is None else [])]
+    going_on = all(each.checkpoints.names() for each in trained)
+    # Whoever has a checkpoint needs the weights no more that it started from; they may be gone.
+    needed = replace(config, train=replace(config.train, init=None)) if going_on else config
     with launch.connected(config.workers):
         with Steps(console) as steps:
-            launch.prepare(config, progress=steps)
+            launch.prepare(needed, progress=steps)
         with launch.ray_cluster(config.workers) as resources:
             if track:
                 tracking.check_owner(runs_dir, may_move=launch.is_job() and resources.num_nodes > 1)

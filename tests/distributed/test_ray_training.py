@@ -149,12 +149,17 @@ def test_a_budget_is_met(directory: Path) -> None:
     assert report["compact"]["max_abs_difference"] < 1e-9
 
 
-def test_init_goes_on_with_what_a_run_has_learned(directory: Path) -> None:
+def test_init_goes_on_with_what_a_run_has_learned_and_resume_needs_it_no_more(directory: Path) -> None:
+    weights = directory / "learned.pt"
+    torch.save({"model": runs.RunFolder(directory / "runs" / "first-baseline").state()["model"]}, weights)
     weak = ["--train.epochs", "1", "--train.warmup-epochs", "0", "--train.learning-rate", "0.001", "--penalty.unit", "absolute",
-            "--penalty.beta.rest", "1e-6", "--penalty.beta-schedule.start", "0"]  # fmt: skip
-    assert main(["train", "digits", "--name", "further", "--init", "runs/first-baseline", "--no-tracking", *weak]) == 0
+            "--penalty.beta.rest", "1e-6", "--penalty.beta-schedule.start", "0", "--train.schedule", "constant", "--init", str(weights)]  # fmt: skip
+    assert main(["train", "digits", "--name", "further", "--no-tracking", *weak]) == 0
     first, further = (runs.RunFolder(directory / "runs" / name).state()["history"] for name in ("first-baseline", "further"))
     assert further[0]["val_top1"] > first[-1]["val_top1"] - 3
+    weights.unlink()
+    assert main(["train", "digits", "--name", "further", "--no-tracking", *weak, "--train.epochs", "2", "--resume"]) == 0
+    assert runs.RunFolder(directory / "runs" / "further").state()["history"][0] == further[0]
 
 
 def test_final_reads_the_test_split(directory: Path) -> None:
