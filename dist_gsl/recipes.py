@@ -34,7 +34,7 @@ def dec3_chars() -> RunConfig:
         network=NetworkConfig("dec3", width=0.25, batch_norm=True),
         data=DataConfig(source="chars"),
         penalty=PenaltyConfig(
-            beta=PerLayer(rest=1.15), beta_schedule=Schedule(start=1.5, end=9.5), unit="epochs",
+            beta=PerLayer(rest=1.5), alpha=PerLayer(rest=0.5), beta_schedule=Schedule(start=1.5), unit="epochs",
         ),
         train=TrainConfig(
             epochs=16, batch_size=64, learning_rate=0.1, schedule="step", drop_epochs=(11.0, 14.0), warmup_epochs=1.0,
@@ -82,7 +82,7 @@ def rotated_digits() -> RunConfig:
 
 
 def paper_penalty(
-    regulariser: str, *, epochs: float, num_first: int, ratio: float, start: float, end: float
+    regulariser: str, *, epochs: float, num_first: int, ratio: float, start: float
 ) -> PenaltyConfig:
     """GS or SGL with the paper's ratio between the first layers' beta and the rest's.
 
@@ -91,17 +91,17 @@ def paper_penalty(
     """
     return PenaltyConfig(
         beta=PerLayer(rest=epochs, first=epochs / ratio, num_first=num_first), unit="epochs",
-        beta_schedule=Schedule(start=start, end=end), alpha=PerLayer(rest=0.5 if regulariser == "sgl" else 0.0),
+        beta_schedule=Schedule(start=start), alpha=PerLayer(rest=0.5 if regulariser == "sgl" else 0.0),
     )  # fmt: skip
 
 
 def imagenet_like(data: str, network: str, regulariser: str) -> RunConfig:
     """The paper's setup for ImageNet and Places2. The epochs of the drops are not stated there; 30 and 45 are ours, and
-    so is the final phase without penalty."""
+    so is the first epoch without penalty."""
     return RunConfig(
         network=NetworkConfig(network),
         data=DataConfig(source=data, augment=Augment.CROP_FLIP, num_threads=8),
-        penalty=paper_penalty(regulariser, epochs=20.0, num_first=3, ratio=0.102 / 0.255, start=1.0, end=45.0),
+        penalty=paper_penalty(regulariser, epochs=20.0, num_first=3, ratio=0.102 / 0.255, start=1.0),
         train=TrainConfig(
             epochs=55, batch_size=180 if network.startswith("dec8") else 48, learning_rate=0.01, schedule="step",
             drop_epochs=(30.0, 45.0),
@@ -114,7 +114,7 @@ def icdar(regulariser: str) -> RunConfig:
     return RunConfig(
         network=NetworkConfig("dec3"),
         data=DataConfig(source="icdar", num_threads=4),
-        penalty=paper_penalty(regulariser, epochs=6.0, num_first=1, ratio=5.1 / 10.2, start=1.0, end=36.0),
+        penalty=paper_penalty(regulariser, epochs=6.0, num_first=1, ratio=5.1 / 10.2, start=1.0),
         train=TrainConfig(epochs=45, batch_size=256, learning_rate=0.1, schedule="step", drop_epochs=(2.0, 7.0, 15.0)),
     )
 

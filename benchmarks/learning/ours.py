@@ -89,14 +89,13 @@ def default(setting: Setting, strength: float) -> PenaltyConfig:
     return replace(setting.config(0).penalty, beta=PerLayer(rest=strength))
 
 
-def sgl(setting: Setting, strength: float) -> PenaltyConfig:
-    return replace(default(setting, strength), alpha=PerLayer(rest=0.5))
+def group_sparsity(setting: Setting, strength: float) -> PenaltyConfig:
+    return replace(default(setting, strength), alpha=PerLayer())
 
 
 def paper_gs(setting: Setting, strength: float) -> PenaltyConfig:
     """At the end of each epoch, from the first to the last; what is zero may come back until then."""
-    penalty = default(setting, strength)
-    return replace(penalty, every="epoch", revive=True, beta_schedule=replace(penalty.beta_schedule, start=0.0, end=None))
+    return replace(group_sparsity(setting, strength), every="epoch", revive=True, beta_schedule=Schedule())
 
 
 def paper_sgl(setting: Setting, strength: float) -> PenaltyConfig:
@@ -107,9 +106,10 @@ def may_come_back(setting: Setting, strength: float) -> PenaltyConfig:
     return replace(default(setting, strength), revive=True)
 
 
-def to_the_end(setting: Setting, strength: float) -> PenaltyConfig:
+def free_at_the_end(setting: Setting, strength: float) -> PenaltyConfig:
+    """From where others cut."""
     penalty = default(setting, strength)
-    return replace(penalty, beta_schedule=replace(penalty.beta_schedule, end=None))
+    return replace(penalty, beta_schedule=replace(penalty.beta_schedule, end=setting.cut))
 
 
 def each_epoch(setting: Setting, strength: float) -> PenaltyConfig:

@@ -141,11 +141,11 @@ def owned_by(neurons: Neurons) -> list[nn.Parameter]:
 
 
 def gradient_group_lasso(setting: Setting, seed: int, strength: float) -> Outcome:
-    """beta sqrt(P) theta / |theta| added to the gradient until the demo's penalty ends; then who is below a share of the starting norm is cut, and the
+    """beta sqrt(P) theta / |theta| added to the gradient until the cut; then who is below a share of the starting norm is cut, and the
     rest is fine-tuned."""
     model, neurons = started(setting, seed)
     norms = norms_of(neurons)
-    optimizer, end = optimizer_of(model, setting, seed), end_of_penalty(setting)
+    optimizer, end = optimizer_of(model, setting, seed), setting.cut
 
     def regularise() -> None:
         for layer in neurons:
@@ -167,20 +167,13 @@ def cut_and_tune(
     setting: Setting, seed: int, share: float, score: Callable[[Neurons, NeuronLayer], Tensor],
     regularise: Callable[[nn.Module], Regulariser] = lambda model: lambda: None,
 ) -> Outcome:  # fmt: skip
-    """Trains to the end of the demo's penalty, cuts the share of the neurons with the lowest scores in the whole network, and goes on."""
+    """Trains to the cut, cuts the share of the neurons with the lowest scores in the whole network, and goes on."""
     model, neurons = started(setting, seed)
-    optimizer, end = optimizer_of(model, setting, seed), end_of_penalty(setting)
+    optimizer, end = optimizer_of(model, setting, seed), setting.cut
     fit(model, optimizer, setting, seed, last=end, regularise=regularise(model))
     scores = {layer.name: score(neurons, layer).detach() for layer in neurons}
     limit = float(torch.cat(list(scores.values())).quantile(share))
     return tuned(setting, seed, model, neurons, optimizer, scores, limit=limit, first=end)
-
-
-def end_of_penalty(setting: Setting) -> float:
-    """Epochs after which the demo's penalty ends, and who cuts cuts."""
-    end = setting.config(0).penalty.beta_schedule.end
-    assert end is not None
-    return end
 
 
 def tuned(
@@ -235,7 +228,7 @@ def torch_pruning(setting: Setting, seed: int, share: float, *, weight: float = 
     import torch_pruning as tp
 
     model, neurons = started(setting, seed)
-    whole, end = {layer.name: layer.num_neurons for layer in neurons}, end_of_penalty(setting)
+    whole, end = {layer.name: layer.num_neurons for layer in neurons}, setting.cut
     last = [module for module in model.modules() if isinstance(module, nn.Linear)]
     pruner = tp.pruner.GroupNormPruner(
         model, torch.zeros(2, 1, 32, 32, device=DEVICE), importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer="max"), reg=weight, pruning_ratio=share, global_pruning=True,

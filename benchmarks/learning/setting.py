@@ -1,7 +1,7 @@
 """What all methods of the comparison have in common: data, network, epochs, schedule, and how a result is measured.
 
-The course is the demo's, scaled to the epochs of a setting: what the demo does in epochs 1.5 to 9.5 of 16 (penalise) every method does in that share
-of its epochs, and one that cuts and fine-tunes cuts at its end, so that all have the same epochs in all and the same rates in them.
+The course is the demo's, scaled to the epochs of a setting: all have the same epochs and the same rates in them. A method that cuts and fine-tunes
+cuts before the first drop of the rate, and has the rest of the same epochs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where all methods train."""
 
 
+CUT = 9.5 / 16
+"""Share of the epochs after which a method that cuts and fine-tunes cuts."""
+
+
 class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
@@ -43,16 +47,20 @@ class Setting:
     batch_size: int = 64
     weight_decay: float = 5e-4
 
+    @property
+    def cut(self) -> float:
+        """Epochs after which a method that cuts and fine-tunes cuts."""
+        return CUT * self.epochs
+
     def config(self, seed: int) -> RunConfig:
         """The demo's, over the epochs of this setting, by one process."""
         demo = find("dec3-chars")
         scale = self.epochs / demo.train.epochs
         schedule = demo.penalty.beta_schedule
-        assert schedule.end is not None
         return replace(
             demo, network=replace(demo.network, width=self.width),
             data=replace(demo.data, num_train=self.num_train, num_val=self.num_evaluated, num_test=self.num_evaluated),
-            penalty=replace(demo.penalty, beta_schedule=replace(schedule, start=schedule.start * scale, end=schedule.end * scale)),
+            penalty=replace(demo.penalty, beta_schedule=replace(schedule, start=schedule.start * scale)),
             train=replace(
                 demo.train, epochs=self.epochs, batch_size=self.batch_size, weight_decay=self.weight_decay, seed=seed, drop_epochs=tuple(scale * each for each in demo.train.drop_epochs),
                 warmup_epochs=demo.train.warmup_epochs * scale,
