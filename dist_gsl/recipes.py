@@ -82,7 +82,7 @@ def rotated_digits() -> RunConfig:
 
 
 def paper_penalty(
-    regulariser: str, *, epochs: float, num_first: int, ratio: float, start: float
+    regulariser: str, *, epochs: float, num_first: int, ratio: float
 ) -> PenaltyConfig:
     """GS or SGL with the paper's ratio between the first layers' beta and the rest's.
 
@@ -91,7 +91,7 @@ def paper_penalty(
     """
     return PenaltyConfig(
         beta=PerLayer(rest=epochs, first=epochs / ratio, num_first=num_first), unit="epochs",
-        beta_schedule=Schedule(start=start), alpha=PerLayer(rest=0.5 if regulariser == "sgl" else 0.0),
+        beta_schedule=Schedule(start=1.0), alpha=PerLayer(rest=0.5 if regulariser == "sgl" else 0.0),
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def imagenet_like(data: str, network: str, regulariser: str) -> RunConfig:
     return RunConfig(
         network=NetworkConfig(network),
         data=DataConfig(source=data, augment=Augment.CROP_FLIP, num_threads=8),
-        penalty=paper_penalty(regulariser, epochs=20.0, num_first=3, ratio=0.102 / 0.255, start=1.0),
+        penalty=paper_penalty(regulariser, epochs=20.0, num_first=3, ratio=0.102 / 0.255),
         train=TrainConfig(
             epochs=55, batch_size=180 if network.startswith("dec8") else 48, learning_rate=0.01, schedule="step",
             drop_epochs=(30.0, 45.0),
@@ -114,7 +114,7 @@ def icdar(regulariser: str) -> RunConfig:
     return RunConfig(
         network=NetworkConfig("dec3"),
         data=DataConfig(source="icdar", num_threads=4),
-        penalty=paper_penalty(regulariser, epochs=6.0, num_first=1, ratio=5.1 / 10.2, start=1.0),
+        penalty=paper_penalty(regulariser, epochs=6.0, num_first=1, ratio=5.1 / 10.2),
         train=TrainConfig(epochs=45, batch_size=256, learning_rate=0.1, schedule="step", drop_epochs=(2.0, 7.0, 15.0)),
     )
 

@@ -18,5 +18,5 @@ def space():
         "penalty.alpha.rest": Choice([0.0, 0.25, 0.5]),
         "penalty.beta_schedule.start": Float(0.5, 0.25 * epochs),
         "penalty.beta_schedule.ramp": Choice([0.0, 1.0, 2.0]),
-        "penalty.beta_schedule.end": Float(0.5 * epochs, 0.9 * epochs),
+        "penalty.beta_schedule.end": Choice([None, 0.6 * epochs, 0.75 * epochs]),
     }

@@ -27,7 +27,7 @@ REFERENCE = (50.0, 100.0)
 """Top-1 of 50 %, all neurons left: fixed before the first run."""
 WITHIN = 2.0
 """Percent of the neurons that a budget may be missed by."""
-SIZES = (50, 40, 30)
+SIZES = (50, 40, 30, 20)
 """Percent of the neurons left, at which accuracies are compared."""
 BELOW = 0.3
 """Points of accuracy that a budget's network may be below the default's front."""

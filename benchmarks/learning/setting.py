@@ -24,10 +24,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where all methods train."""
 
 
-CUT = 9.5 / 16
-"""Share of the epochs after which a method that cuts and fine-tunes cuts."""
-
-
 class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
@@ -50,7 +46,7 @@ class Setting:
     @property
     def cut(self) -> float:
         """Epochs after which a method that cuts and fine-tunes cuts."""
-        return CUT * self.epochs
+        return 9.5 / 16 * self.epochs
 
     def config(self, seed: int) -> RunConfig:
         """The demo's, over the epochs of this setting, by one process."""
@@ -60,7 +56,7 @@ class Setting:
         return replace(
             demo, network=replace(demo.network, width=self.width),
             data=replace(demo.data, num_train=self.num_train, num_val=self.num_evaluated, num_test=self.num_evaluated),
-            penalty=replace(demo.penalty, beta_schedule=replace(schedule, start=schedule.start * scale)),
+            penalty=replace(demo.penalty, beta_schedule=replace(schedule, start=schedule.start * scale, end=None if schedule.end is None else schedule.end * scale)),
             train=replace(
                 demo.train, epochs=self.epochs, batch_size=self.batch_size, weight_decay=self.weight_decay, seed=seed, drop_epochs=tuple(scale * each for each in demo.train.drop_epochs),
                 warmup_epochs=demo.train.warmup_epochs * scale,
