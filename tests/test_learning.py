@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,27 @@ def test_what_is_done_is_not_done_again() -> None:
     again, again_later = run.tasks_of(["none", "scratch", "sensitivity"], [0, 1], done={first[0], later[0]})
     assert again == first[1:]
     assert again_later == later[1:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["--only", "init"], "init goes on from what none leaves in .*: add it to --only"), (["--setting", "large"], "holds trainings of the setting 'tiny': name another folder")],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(
+    arguments: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "comparison"
+    if "--setting" in arguments:
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text(json.dumps({**row("none", 0, 0.0, 80.0, 0.0), "setting": "tiny"}) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setenv("DIST_GSL_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("sys.argv", ["run", str(folder), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert re.fullmatch(f"run: error: .*{reason}\n", capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- the page

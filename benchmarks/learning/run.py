@@ -118,6 +118,23 @@ def keep(rows: Iterator[dict[str, Any]], folder: Path, *, total: int) -> None:
             progress.console.print(f"{row['method']} {row['strength']:g}, seed {row['seed']}: {came_to}", highlight=False)
 
 
+def reason_against(options: argparse.Namespace) -> str | None:
+    """Why this cannot be run, before anything is written."""
+    folder = options.folder
+    if launch.is_job() and not folder.is_absolute():
+        return f"{folder} would lie in the job's own copy of the code, which is deleted: name an absolute path that all nodes see"
+    others = {row["setting"] for row in rows_of(folder)} - {options.setting}
+    if others:
+        return f"{folder} holds trainings of the setting {others.pop()!r}: name another folder"
+    done = done_in(folder)
+    first, later = tasks_of(options.only, options.seeds, done=done)
+    for task in later:
+        need = needed(task)
+        if need is not None and need not in {*first, *done}:
+            return f"{task.method} goes on from what {need.method} leaves in {folder}: add it to --only"
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -127,20 +144,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="trainings at once, of one thread each")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster instead, whose nodes all see FOLDER")
     options = parser.parse_args()
-    if launch.is_job() and not options.folder.is_absolute():
-        parser.error(f"{options.folder} would lie in the job's own copy of the code, which is deleted: name an absolute path that all nodes see")
-    others = {row["setting"] for row in rows_of(options.folder)} - {options.setting}
-    if others:
-        parser.error(f"{options.folder} holds trainings of the setting {others.pop()!r}: name another folder")
+    refused = reason_against(options)
+    if refused is not None:
+        parser.exit(2, f"run: error: {refused}\n")
     options.folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test"):  # written once, before the processes look for it
         images_of(SETTINGS[options.setting], split)
     folder = options.folder.absolute()
     for stage in (0, 1):
         tasks = tasks_of(options.only, options.seeds, done=done_in(folder))[stage]
-        lacking = [need for task in tasks if (need := needed(task)) is not None and need not in done_in(folder)]
-        if lacking:
-            parser.error(f"{tasks[0].method} goes on from what {lacking[0].method} leaves in {folder}: add it to --only")
         if tasks:
             rows = by_ray(tasks, options.setting, folder) if options.ray else by_processes(tasks, options.setting, folder, processes=options.processes)
             keep(rows, folder, total=len(tasks))
