@@ -11,7 +11,7 @@ TEST_PACKAGES := postgresql chromium
 TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 RUNS ?= runs
-DEMO ?= demo-$(shell date +%Y%m%d-%H%M%S)
+DEMO ?= demo-$(shell date +%m%d-%H%M%S)
 
 .PHONY: help setup demo seeds test test-slow lint types clean
 help: ## what can be made
