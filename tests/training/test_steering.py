@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,13 +143,14 @@ def test_a_training_ends_with_its_budget(target: str, beta: float) -> None:
     assert len({record["neurons"] for record in records[-2:]}) == 1  # the penalty is over
 
 
-def test_milliseconds_are_a_budget_too() -> None:
-    state, _ = trained(replace(TRAIN, epochs=1, warmup_epochs=0.0), PENALTY.without())
-    whole = Cost("latency_ms", state.model, state.neurons).now()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a millisecond asks for today, a layer of few neurons may not have
-        state, records = trained(replace(LONGER, target=f"latency_ms={0.75 * whole:.6f}"), PENALTY)
+@pytest.mark.filterwarnings(FORCED)
+def test_milliseconds_are_a_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose milliseconds depend on the network alone: a test double, as those of a real one may have changed by the next look."""
+    monkeypatch.setattr("dist_gsl.training.steering.latency_ms", lambda model, **_: 0.1 + sum(p.numel() for p in model.parameters()) / 1e5)
+    state, records = trained(replace(LONGER, target="latency_ms=75%"), PENALTY)
     assert state.steering is not None
+    assert state.steering.is_met
+    assert 0.7 * state.steering.whole < Cost("latency_ms", state.model, state.neurons).now() <= 0.75 * state.steering.whole
     assert records[-1]["neurons"] > 0
     assert len(state.steering.known) > 3
 
