@@ -3,7 +3,7 @@
 The strength of the penalty is a number whose meaning nobody knows before the training; how large a network may be is often known. So one
 factor of all betas is set anew several times an epoch. At each look every neuron tells, by how its norm moved since the last one, how much
 the loss supports it, and so at which factor it would just be gone by a given time: its lethal factor. What may be left falls from the whole network to the
-budget, fast at first, as it does under a constant penalty, in the time that norms know, the sum of the learning rates: after the last drop of a rate there is
+budget as it does under a constant penalty, in the time that norms know, the sum of the learning rates: after the last drop of a rate there is
 hardly time to kill, and none to recover. The least factor at which what is left is allowed at several times to come is the one to go
 on with. (Aiming at the end alone kills too late: those that live are supported the more, the fewer they are.) When the budget is met the penalty ends.
 
@@ -38,13 +38,11 @@ LOOKS_PER_EPOCH = 16
 """Looks at the neurons in an epoch of the penalty; more where the budget is near."""
 FASTEST = 2.0
 """Times by which a look changes the factor at most."""
-EARLINESS = 3.0
-"""What is still to go is the share of the way that is left to this power (Zhu and Gupta 2017 have the same schedule for shares): about what a constant
-penalty does by itself."""
+EARLINESS, MOST_EARLINESS = 0.6, 4.0
+"""What is still to go is the share of the way that is left to a power (Zhu and Gupta 2017 have the cube, for shares): this over the share of the network
+that may be left, at most that. So a constant penalty does by itself: the fewer it leaves, the more of them it takes early."""
 DEADLINES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the way that is left, at whose ends what is left must be allowed."""
-MET_BY = 0.8
-"""Share of the way by which the budget is met where the penalty's schedule has no end: what goes later leaves no time to recover."""
 LARGEST = 1e4
 """Times the given beta that the factor is at most."""
 
@@ -208,10 +206,7 @@ class Steering:
     def _end(self) -> int:
         """The step by which the budget is to be met."""
         end = self._schedule.end
-        if end is not None:
-            return min(self._num_steps, round(end * self._steps_per_epoch))
-        begin, last = self._way[self._start], self._way[-1]
-        return bisect.bisect_left(self._way, begin + MET_BY * (last - begin)) if last > begin else self._num_steps
+        return self._num_steps if end is None else min(self._num_steps, round(end * self._steps_per_epoch))
 
     @property
     def _start(self) -> int:
@@ -229,7 +224,7 @@ class Steering:
         assert self.budget is not None
         begin, now, end = (self._way[min(each, self._end)] for each in (self._start, step, self._end))
         rest = min(1.0, (end - now) / (end - begin)) if now < end else 0.0
-        return self.budget + max(0.0, self.whole - self.budget) * rest**EARLINESS
+        return self.budget + max(0.0, self.whole - self.budget) * rest ** min(MOST_EARLINESS, EARLINESS * self.whole / self.budget)
 
     def after_step(self, pulls: Mapping[str, float], learning_rate: float) -> None:
         """pulls: {layer name: what the step's penalty took from a norm}."""

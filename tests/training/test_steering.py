@@ -19,7 +19,7 @@ from dist_gsl.training import checkpoint, loop
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.path import PathConfig
 from dist_gsl.training.state import RunState, build
-from dist_gsl.training.steering import DEADLINES, EARLINESS, Cost, Steering, Target, positions_of_weights
+from dist_gsl.training.steering import DEADLINES, Cost, Steering, Target, positions_of_weights
 from tests.device import DEVICE
 from tests.training.trainings import NETWORK, TRAIN, TensorBatches, equal, trained
 
@@ -127,11 +127,14 @@ def test_milliseconds_are_measured_and_follow_multiply_adds() -> None:
 
 
 @pytest.mark.filterwarnings(FORCED)
-@pytest.mark.parametrize("beta", [0.3, 3.0, 30.0])
-@pytest.mark.parametrize("target", ["neurons=70%", "neurons=30%", "params=25%", "macs=60%"])
-def test_a_training_ends_with_its_budget(target: str, beta: float) -> None:
-    """Whatever beta it starts from."""
-    state, records = trained(replace(LONGER, target=target), replace(PENALTY, beta=PerLayer(rest=beta)))
+@pytest.mark.parametrize(
+    ("target", "beta", "end"),
+    [*((target, beta, 6.0) for target in ("neurons=70%", "neurons=30%", "params=25%", "macs=60%") for beta in (0.3, 3.0, 30.0)),
+     ("neurons=70%", 3.0, None), ("neurons=30%", 3.0, None), ("params=25%", 30.0, None)],
+)  # fmt: skip
+def test_a_training_ends_with_its_budget(target: str, beta: float, end: float | None) -> None:
+    """Whatever beta it starts from, and with or without an end before its own."""
+    state, records = trained(replace(LONGER, target=target), replace(PENALTY, beta=PerLayer(rest=beta), beta_schedule=Schedule(start=1, end=end)))
     steering = state.steering
     assert steering is not None
     assert steering.budget is not None
@@ -140,7 +143,8 @@ def test_a_training_ends_with_its_budget(target: str, beta: float) -> None:
     assert steering.is_met
     assert steering.budget - 0.06 * whole <= left <= steering.budget  # a network of so few neurons, each of which is a percent
     assert records[-1]["beta_factor"] == 0
-    assert len({record["neurons"] for record in records[-2:]}) == 1  # the penalty is over
+    if end is not None:
+        assert len({record["neurons"] for record in records[-2:]}) == 1  # the penalty is over
 
 
 @pytest.mark.filterwarnings(FORCED)
@@ -188,7 +192,7 @@ def needed(norms: torch.Tensor, steering: Steering, *, step: int, end: int, take
     found = []
     for share in DEADLINES:
         steps = math.ceil(share * (end - step))
-        allowed = 4 + 6 * ((end - step - steps) / (end - PENALTY.beta_schedule.start * 16)) ** EARLINESS
+        allowed = 4 + 6 * ((end - step - steps) / (end - PENALTY.beta_schedule.start * 16)) ** (0.6 / 0.4)
         to_go = math.ceil(10 - allowed - 1e-9)
         found.append(float(norms[to_go - 1]) / (steps * taken) if to_go else 0.0)
     return max(found)
@@ -202,17 +206,19 @@ def test_what_may_be_left_falls_from_all_to_the_budget() -> None:
     assert course[: start + 1] == [10.0] * (start + 1)
     assert course[end:] == [4.0] * (200 - end)
     assert all(a >= b for a, b in itertools.pairwise(course))
-    assert course[(start + end) // 2] == pytest.approx(4 + 6 * 0.5**EARLINESS, abs=0.1), "most goes early"
+    assert course[(start + end) // 2] == pytest.approx(4 + 6 * 0.5 ** (0.6 / 0.4), abs=0.1), "most goes early"
+    steering.budget = 1.0
+    assert steering.allowed((start + end) // 2) == pytest.approx(1 + 9 * 0.5**4, abs=0.1), "the earlier, the less may be left"
 
 
 def test_time_is_the_sum_of_the_learning_rates() -> None:
-    """A rate that drops to a tenth in the middle leaves a tenth of the way for the second half; without an end of its own the budget is met before."""
-    for end, steps in (20.0, ((0, 110), (55, 55), (100, 10), (150, 5), (200, 0))), (None, ((0, 88), (44, 44), (88, 0), (150, 0))):
+    """A rate that drops to a tenth in the middle leaves a tenth of the way for the second half."""
+    for end in (20.0, None):
         penalty = PenaltyConfig(beta=PerLayer(rest=1.0), beta_schedule=Schedule(end=end))
         steering = Steering(Target("neurons", 50, True), penalty, steps_per_epoch=10, num_steps=200, learning_rate=lambda step: 1.0 if step < 100 else 0.1)
         steering.budget, steering.whole = 50.0, 100.0
-        for step, way in steps:
-            assert steering.allowed(step) == pytest.approx(50 + 50 * (way / steps[0][1]) ** EARLINESS), (end, step)
+        for step, way in ((0, 110), (55, 55), (100, 10), (150, 5), (200, 0)):
+            assert steering.allowed(step) == pytest.approx(50 + 50 * (way / 110) ** (0.6 / 0.5)), (end, step)
 
 
 def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
@@ -237,7 +243,7 @@ def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
     # 75 steps are left, of 0.1 * 2 * factor each. By each deadline so many are gone as the schedule asks if that takes the norm of the last of them.
     assert factor == pytest.approx(max(needed(norms - 0.2, steering, step=21, end=96, taken=0.2), 0.5))
     assert next_look == 22
-    steering.decided(2.0, 22)
+    steering.decided(1.5, 22)
     steering.after_step({"0": 0.1}, 0.1)
     with torch.no_grad():  # all are supported by half of what is taken
         first.weight[:, 0] = norms - 0.2 - 0.05
