@@ -29,11 +29,11 @@ def network(config: RunConfig) -> dict[str, Any]:
 
 
 def trained(
-    setting: Setting, seed: int, penalty: PenaltyConfig, *, train: TrainConfig | None = None, target: str | None = None, watched: int | None = 250
+    setting: Setting, seed: int, penalty: PenaltyConfig, *, train: TrainConfig | None = None, target: str | None = None, watched: int = 50
 ) -> Outcome:
     """By the training loop, with removal at each epoch's end where the dead stay dead, and a last removal with its proof.
 
-    train: other than the setting's. watched: validation images that are looked at after each epoch; None: all.
+    train: other than the setting's. watched: validation images that are looked at after each epoch.
     """
     config = setting.config(seed)
     train = replace(config.train if train is None else train, target=target)
@@ -66,7 +66,7 @@ def from_dense(setting: Setting, seed: int, penalty: PenaltyConfig, *, dense: Pa
     config = setting.config(seed)
     return trained(
         setting, seed, replace(penalty, beta_schedule=Schedule()),
-        train=replace(config.train, init=str(dense), learning_rate=config.train.learning_rate / 5, ema=AVERAGE), watched=None,
+        train=replace(config.train, init=str(dense), learning_rate=config.train.learning_rate / 5, ema=AVERAGE), watched=1000,
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def per_strength(rows_by: dict[str, Rows], names: Sequence[str]) -> list[str]:
 
 
 def on_front(rows: Rows, left: float) -> float | None:
-    """Accuracy of a seed's front where so many neurons are left, on straight lines between its points; None beyond its ends."""
+    """Accuracy of a front where so many neurons are left, on straight lines between its points; None beyond its ends."""
     points = points_of(rows, "val")
     kept = sorted((points[i][1], points[i][0]) for i in front(points))
     for (a, low), (b, high) in itertools.pairwise(kept):
@@ -142,12 +142,22 @@ def on_front(rows: Rows, left: float) -> float | None:
     return best[1] if left >= best[0] else None  # with more neurons than the best point has, that point can be taken
 
 
+def means_of(rows: Rows) -> Rows:
+    """A row for each method at each strength, the mean of its seeds."""
+    found: dict[tuple[str, float], Rows] = defaultdict(list)
+    for row in rows:
+        found[row["method"], row["strength"]].append(row)
+    return [{key: statistics.mean(row[key] for row in its) for key in ("val_top1", "neurons")} for its in found.values()]
+
+
 def budgets(rows_by: dict[str, Rows]) -> list[str]:
-    """Each budget against the front of fixed betas of the same seed."""
-    fixed = by_seed(rows_by["default"] + rows_by["between"] + rows_by["none"])
+    """Each budget against the front of fixed betas: the mean of its seeds against the front of their means, which decides, and each seed against its own
+    front. The latter is too high by what luck gave its points, as a front is of the best."""
+    rows = rows_by["default"] + rows_by["between"] + rows_by["none"]
+    fixed, of_means = by_seed(rows), means_of(rows)
     lines = [
-        "| may be left, % | left, % | off by, at most | top-1, validation | less the front of fixed betas | missed |",
-        "|---|---|---|---|---|---|",
+        "| may be left, % | left, % | off by, at most | top-1, validation | less the front of the means | less the front of the same seed | missed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for strength in METHODS["target"].strengths:
         rows = [row for row in rows_by["target"] if row["strength"] == strength and row["seed"] in fixed]
@@ -155,11 +165,14 @@ def budgets(rows_by: dict[str, Rows]) -> list[str]:
             continue
         at = [(row["val_top1"], on_front(fixed[row["seed"]], 100 - row["neurons"])) for row in rows]
         differences = [top1 - of_front for top1, of_front in at if of_front is not None]
+        (mean,) = means_of(rows)
+        front_there = on_front(of_means, 100 - mean["neurons"])
+        difference = math.nan if front_there is None else mean["val_top1"] - front_there
         off = max(abs(100 - row["neurons"] - strength) for row in rows)
-        missed = ["size"] * (off > WITHIN) + ["accuracy"] * (bool(differences) and statistics.mean(differences) < -BELOW)
+        missed = ["size"] * (off > WITHIN) + ["accuracy"] * (difference < -BELOW)
         lines.append(
             f"| {strength:g} | {mean_and_error([100 - row['neurons'] for row in rows], 1)} | {off:.1f} | {mean_and_error([row['val_top1'] for row in rows])} "
-            f"| {of_seeds(differences, rows, 2) if differences else 'no front there'} | {' and '.join(missed)} |"
+            f"| {'no front there' if math.isnan(difference) else f'{difference:.2f}'} | {of_seeds(differences, rows, 2)} | {' and '.join(missed)} |"
         )
     return lines
 

@@ -85,10 +85,9 @@ def tasks_of(names: Sequence[str], seeds: Sequence[int], *, done: Collection[Tas
     return stages
 
 
-def by_processes(tasks: Sequence[Task], setting: str, folder: Path, *, processes: int) -> Iterator[dict[str, Any]]:
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for finished in as_completed([pool.submit(work, setting, folder, task) for task in tasks]):
-            yield finished.result()
+def by_processes(pool: ProcessPoolExecutor, tasks: Sequence[Task], setting: str, folder: Path) -> Iterator[dict[str, Any]]:
+    for finished in as_completed([pool.submit(work, setting, folder, task) for task in tasks]):
+        yield finished.result()
 
 
 def by_ray(tasks: Sequence[Task], setting: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -151,11 +150,12 @@ def main() -> None:
     for split in ("train", "val", "test"):  # written once, before the processes look for it
         images_of(SETTINGS[options.setting], split)
     folder = options.folder.absolute()
-    for stage in (0, 1):
-        tasks = tasks_of(options.only, options.seeds, done=done_in(folder))[stage]
-        if tasks:
-            rows = by_ray(tasks, options.setting, folder) if options.ray else by_processes(tasks, options.setting, folder, processes=options.processes)
-            keep(rows, folder, total=len(tasks))
+    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:  # whose processes begin with the first task
+        for stage in (0, 1):
+            tasks = tasks_of(options.only, options.seeds, done=done_in(folder))[stage]
+            if tasks:
+                rows = by_ray(tasks, options.setting, folder) if options.ray else by_processes(pool, tasks, options.setting, folder)
+                keep(rows, folder, total=len(tasks))
 
 
 if __name__ == "__main__":
