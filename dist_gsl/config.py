@@ -38,10 +38,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.penalty.revive and self.train.ema is not None:
             raise ValueError("penalty.revive and train.ema: a neuron that may come back is never zero in the average; choose one")
-        if self.train.target is not None and (self.penalty.revive or not self.penalty.enabled):
+        if self.train.target is not None and (self.penalty.revive or self.penalty.every != "step" or not self.penalty.enabled):
+            remedy = (
+                "leave out penalty.revive" if self.penalty.revive
+                else "leave out penalty.every" if self.penalty.every != "step"
+                else "set a penalty.beta to start from, such as penalty.beta.rest"
+            )  # fmt: skip
+            raise ValueError(f"train.target {self.train.target} steers a penalty of every step whose dead stay dead; {remedy}")
+        if self.train.target is not None and self.penalty.min_alive == 0:
             raise ValueError(
-                f"train.target {self.train.target} steers a penalty whose dead stay dead; "
-                + ("leave out penalty.revive" if self.penalty.revive else "set a penalty.beta to start from, such as penalty.beta.rest")
+                f"train.target {self.train.target} asks what a network costs, and one that has lost a layer cannot say; set penalty.min_alive 1"
             )
         if self.train.optimizer != "sgd" and self.penalty.unit == "epochs" and self.penalty.enabled:
             raise ValueError(

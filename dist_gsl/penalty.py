@@ -280,7 +280,7 @@ class PenaltyConfig:
     unit: str = "absolute"
     """"absolute": beta as in the objective. "epochs": beta is given as a number of epochs E and stands for the beta at
     which a neuron of the starting norm in `reference_layer`, never supported by the loss, dies after E epochs of the
-    schedule, or as much less as E is longer than the schedule; a smaller E is a stronger penalty, 0 is no penalty."""
+    schedule, or as much less as E is longer than a schedule that has an end; a smaller E is a stronger penalty, 0 is no penalty."""
     reference_layer: str | None = None
     """The layer that fixes beta where the unit is epochs; None: the last layer with neurons."""
     every: str = "step"

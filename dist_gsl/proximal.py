@@ -187,7 +187,7 @@ class ProximalOptimizer(torch.optim.Optimizer):
         """By how much more than in the identity's metric a proximal step takes from each neuron's norm, (num_neurons,) float64 on the CPU: the mean
         of 1 / d over the neuron's entries, weighed by their squares."""
         metric = None if self._operator.metric_of is None else self._operator.metric_of(layer)
-        if not metric:
+        if not metric or layer.num_neurons == 0:  # a branch that was emptied
             return torch.ones(layer.num_neurons, dtype=torch.float64)
         parts = self.neurons.parts(layer)
         squares, weighed = torch.zeros(layer.num_neurons, dtype=torch.float64), torch.zeros(layer.num_neurons, dtype=torch.float64)

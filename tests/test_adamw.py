@@ -218,6 +218,7 @@ def test_a_branch_that_is_gone_leaves_the_others_to_the_penalty(fresh: bool) -> 
     for batch in data[1:]:
         assert math.isfinite(train_step(result.model, small.step, batch))
     assert sum(int(layer.mask.sum()) for layer in result.neurons) == 1  # min_alive
+    assert {layer.name: len(small.pull_weights(layer)) for layer in result.neurons} == {layer.name: layer.num_neurons for layer in result.neurons}
 
 
 def test_a_state_of_sgd_is_refused_and_changes_nothing() -> None:

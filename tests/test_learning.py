@@ -246,7 +246,7 @@ def told() -> dict[str, list[dict[str, Any]]]:
     rows += [row("default", seed, 2.2, 80.0, 50.0) for seed in (0, 1)] + [row("magnitude", seed, 0.45, 70.0, 50.0) for seed in (0, 1)]
     rows += [row("between", seed, 5.0, 80.0, 25.0) for seed in (0, 1)]
     rows += [row("target", seed, 50, 79.8, 51.0) for seed in (0, 1)] + [row("target", seed, 70, 79.0, 33.0) for seed in (0, 1)]
-    rows += [row("init", seed, METHODS["init"].strengths[-1], 81.0, 40.0, course=[79.0, 81.0]) for seed in (0, 1)]
+    rows += [row("init", seed, METHODS["init"].strengths[-1], 81.0, 40.0, course=[79.0, 81.0], start=79.5) for seed in (0, 1)]
     rows += [row("sensitivity", 0, number, 79.0 + number, 40.0 + number) for number in range(3)]
     found: dict[str, list[dict[str, Any]]] = {}
     for each in rows:
@@ -260,8 +260,16 @@ def test_the_table_says_who_is_ahead(told: dict[str, list[dict[str, Any]]]) -> N
     assert [line.split("|")[1].split(":")[0].strip() for line in lines[2:4]] == ["default", "magnitude"]
     assert lines[2].split("|")[3:5] == [" 1500 ± 0 ", " 1.000 ± 0.000 "]
     assert lines[3].split("|")[3:5] == [" 1000 ± 0 ", " 1.500 ± 0.000 "]
-    assert lines[2].split("|")[6:8] == [" 80.0 ± 0.0 ", " - "], "50 % is on its front, 40 % beyond"
+    assert lines[2].split("|")[6:9] == [" 0.0 ± 0.0 ", " 80.0 ± 0.0 ", " - "], "50 % is on its front, 40 % beyond"
     assert "80.00 ± 0.00" in page.single_networks(told)[0]
+
+
+def test_accuracies_are_compared_at_the_same_sizes(told: dict[str, list[dict[str, Any]]]) -> None:
+    rows = [row("default", 0, 1.0, 80.0, 20.0), row("default", 0, 2.0, 60.0, 60.0)]
+    assert page.beside([row("magnitude", 0, 0.45, 69.0, 40.0), row("magnitude", 0, 0.7, 62.0, 60.0)], rows) == [pytest.approx((69 - 70 + 62 - 60) / 2)]
+    assert page.beside([row("magnitude", 0, 0.7, 90.0, 61.0)], rows) == [], "the default has none so small"
+    line = next(line for line in page.table(told, (OWN, RIVAL, CONTROL)) if "magnitude" in line)
+    assert line.split("|")[6] == " -10.0 ± 0.0 "
 
 
 def test_the_front_is_chosen_on_validation() -> None:

@@ -82,10 +82,14 @@ def dense(setting: Setting, seed: int, strength: float, folder: Path) -> Outcome
 
 def from_scratch(setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
     (row,) = (row for row in rows_of(folder) if (row["method"], row["seed"], row["strength"]) == ("default", seed, strength))
+    if "error" in row:
+        raise ValueError(f"no widths: the default failed at strength {strength:g} of seed {seed}")
     return rivals.from_scratch(setting, seed, row["widths"])
 
 
 def from_dense(setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
+    if not dense_weights(folder, seed).exists():
+        raise ValueError(f"no dense weights: the training without penalty failed for seed {seed}")
     return ours.from_dense(setting, seed, ours.group_sparsity(setting, in_epochs(setting, strength)), dense=dense_weights(folder, seed))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning.setting import DEVICE, Batches, Outcome, Setting, Split
+from benchmarks.learning.setting import DEVICE, Batches, Outcome, Setting, Split, top1
 from dist_gsl import compact, find_neurons
 from dist_gsl.config import RunConfig
 from dist_gsl.measures import measure
@@ -20,6 +20,8 @@ from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.state import build
 
 NUM_CLASSES = 36
+WATCHED = 1000
+"""Validation images that are looked at after each epoch of a start from dense weights."""
 AVERAGE = 0.98
 """Decay a step of the moving average of a start from dense weights."""
 
@@ -64,10 +66,19 @@ def from_dense(setting: Setting, seed: int, penalty: PenaltyConfig, *, dense: Pa
     """`--init`: from the weights of the dense network, which had as many epochs, with a fifth of its learning rate, the penalty on from the start to the
     end, and a moving average: while norms shrink, normalised layers take larger steps, whose noise the average does not have."""
     config = setting.config(seed)
-    return trained(
+    outcome = trained(
         setting, seed, replace(penalty, beta_schedule=Schedule()),
-        train=replace(config.train, init=str(dense), learning_rate=config.train.learning_rate / 5, ema=AVERAGE), watched=1000,
+        train=replace(config.train, init=str(dense), learning_rate=config.train.learning_rate / 5, ema=AVERAGE), watched=WATCHED,
     )  # fmt: skip
+    outcome.extra["start"] = of_dense(setting, dense)
+    return outcome
+
+
+def of_dense(setting: Setting, dense: Path) -> float:
+    """Accuracy of the dense weights on the images that are watched."""
+    model = create_model(**network(setting.config(0))).to(DEVICE)
+    model.load_state_dict(torch.load(dense, weights_only=True))
+    return top1(model, setting, "val", most=WATCHED)
 
 
 def in_absolute_units(setting: Setting, seed: int, penalty: PenaltyConfig, *, steps_per_epoch: int) -> PenaltyConfig:

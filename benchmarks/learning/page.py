@@ -19,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from benchmarks.learning.methods import CONTROL, FOR_PARTS, METHODS, OWN, PART, RIVAL, rows_of
 from dist_gsl.pareto import front, hypervolume
@@ -81,25 +83,42 @@ def at_size(rows: Rows, left: float) -> list[float]:
     return [top1 for its in by_seed(rows).values() if (top1 := on_front(its, left)) is not None]
 
 
-def table(rows_by: dict[str, Rows], kinds: Sequence[str]) -> list[str]:
-    """Best first, by what validation says."""
+def table(rows_by: dict[str, Rows], kinds: Sequence[str], *, strengths: Sequence[float] | None = None) -> list[str]:
+    """Best first, by what validation says. strengths: of the default, where others have fewer."""
     dense = rows_by["none"]
     named = {name: rows for name, rows in rows_by.items() if METHODS[name].kind in kinds and len(METHODS[name].strengths) > 1}
+    if strengths is not None:
+        named["default"] = [row for row in named["default"] if row["strength"] in strengths]
     found = {name: volumes(rows, "val") for name, rows in named.items()}
     sizes = "".join(f" top-1 at {left} % |" for left in SIZES)
     lines = [
-        f"| method | trainings | hypervolume | the default's over it | hypervolume, test |{sizes} neurons left at the dense network's accuracy, % | seconds |",
-        "|---|---|---|---|---|" + "---|" * len(SIZES) + "---|---|",
+        f"| method | trainings | hypervolume | the default's over it | hypervolume, test | less the default's top-1 at the same sizes |{sizes} neurons left at the dense network's accuracy, % | seconds |",
+        "|---|---|---|---|---|---|" + "---|" * len(SIZES) + "---|---|",
     ]
     for name in sorted(named, key=lambda name: -statistics.mean(found[name].values())):
         rows = named[name]
         at = "".join(f" {of_seeds(at_size(rows, left), rows)} |" for left in SIZES)
         lines.append(
             f"| {name}: {METHODS[name].title} | {len(rows)} | {mean_and_error(list(found[name].values()), 0)} "
-            f"| {mean_and_error(over(found['default'], found[name]), 3)} | {mean_and_error(list(volumes(rows, 'test').values()), 0)} |{at} "
+            f"| {mean_and_error(over(found['default'], found[name]), 3)} | {mean_and_error(list(volumes(rows, 'test').values()), 0)} "
+            f"| {of_seeds(beside(rows, rows_by['default'] + rows_by.get('between', [])), rows)} |{at} "
             f"{mean_and_error(least_neurons(rows, dense), 1)} | {statistics.mean(row['seconds'] for row in rows):.0f} |"
         )
     return lines
+
+
+def beside(rows: Rows, others: Rows) -> list[float]:
+    """Of each seed: by how many points the accuracies are above those of the others at the same sizes, on straight lines between all points of theirs; the
+    mean over strengths. Unlike a hypervolume it depends little on how many points there are, and where. Sizes beyond the ends of the others' are left out."""
+    found = []
+    for seed, its in by_seed(rows).items():
+        points = sorted((100 - row["neurons"], row["val_top1"]) for row in others if row["seed"] == seed)
+        if not points:
+            continue
+        sizes, accuracies = zip(*points, strict=True)
+        inside = [(row["val_top1"], 100 - row["neurons"]) for row in its if sizes[0] <= 100 - row["neurons"] <= sizes[-1]]
+        found += [statistics.mean(top1 - float(np.interp(left, sizes, accuracies)) for top1, left in inside)] if inside else []
+    return found
 
 
 def of_seeds(values: Sequence[float], rows: Rows, digits: int = 1) -> str:
@@ -153,8 +172,7 @@ def means_of(rows: Rows) -> Rows:
 def budgets(rows_by: dict[str, Rows]) -> list[str]:
     """Each budget against the front of fixed betas: the mean of its seeds against the front of their means, which decides, and each seed against its own
     front. The latter is too high by what luck gave its points, as a front is of the best."""
-    rows = rows_by["default"] + rows_by["between"] + rows_by["none"]
-    fixed, of_means = by_seed(rows), means_of(rows)
+    fixed = by_seed(rows_by["default"] + rows_by["between"] + rows_by["none"])
     lines = [
         "| may be left, % | left, % | off by, at most | top-1, validation | less the front of the means | less the front of the same seed | missed |",
         "|---|---|---|---|---|---|---|",
@@ -166,7 +184,7 @@ def budgets(rows_by: dict[str, Rows]) -> list[str]:
         at = [(row["val_top1"], on_front(fixed[row["seed"]], 100 - row["neurons"])) for row in rows]
         differences = [top1 - of_front for top1, of_front in at if of_front is not None]
         (mean,) = means_of(rows)
-        front_there = on_front(of_means, 100 - mean["neurons"])
+        front_there = on_front(means_of([each for row in rows for each in fixed[row["seed"]]]), 100 - mean["neurons"])
         difference = math.nan if front_there is None else mean["val_top1"] - front_there
         off = max(abs(100 - row["neurons"] - strength) for row in rows)
         missed = ["size"] * (off > WITHIN) + ["accuracy"] * (difference < -BELOW)
@@ -188,7 +206,7 @@ def from_dense(rows_by: dict[str, Rows]) -> list[str]:
             lines.append(
                 f"| {strength:g} | {mean_and_error([row['neurons'] for row in rows], 1)} "
                 f"| {mean_and_error([row['val_top1'] - dense[row['seed']] for row in rows])} "
-                f"| {mean_and_error([min(row['course']) - dense[row['seed']] for row in rows])} |"
+                f"| {mean_and_error([min(row['course']) - row['start'] for row in rows])} |"
             )
     return lines
 
@@ -248,7 +266,8 @@ def parts_of(rows_by: dict[str, Rows], failed: Rows) -> dict[str, list[str]]:
     hours = sum(row["seconds"] for rows in rows_by.values() for row in rows) / 3600
     found = {
         "date": [f"{date.today()}; seeds {', '.join(map(str, seeds))}; {sum(map(len, rows_by.values()))} trainings, {hours:.1f} hours of one core.{lost}"],
-        "rivals": [*table(rows_by, (OWN, RIVAL, CONTROL)), "", *single_networks(rows_by)], "parts": table({**rows_by, "default": [row for row in rows_by["default"] if row["strength"] in FOR_PARTS]}, (OWN, PART)),
+        "rivals": [*table(rows_by, (OWN, RIVAL, CONTROL)), "", *single_networks(rows_by)], 
+        "parts": table(rows_by, (OWN, PART), strengths=FOR_PARTS),
         "strengths": per_strength(rows_by, [name for name, method in METHODS.items() if method.kind in (OWN, PART, RIVAL, CONTROL)]),
     }  # fmt: skip
     for name, made in (("target", budgets), ("init", from_dense)):

@@ -132,11 +132,12 @@ class Split:
 
 
 @torch.no_grad()
-def top1(model: nn.Module, setting: Setting, split: str) -> float:
-    """Percent of a split that a network answers right."""
+def top1(model: nn.Module, setting: Setting, split: str, *, most: int | None = None) -> float:
+    """Percent of a split, or of its first images, that a network answers right."""
     model.eval()
-    right = sum(int((model(batch.images).argmax(1) == batch.targets).sum()) for batch in Split(setting, split))
-    return 100 * right / len(images_of(setting, split).targets)
+    images = Split(setting, split, most=most)
+    right = sum(int((model(batch.images).argmax(1) == batch.targets).sum()) for batch in images)
+    return 100 * right / len(images.found.targets)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:

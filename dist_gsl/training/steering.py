@@ -203,6 +203,11 @@ class Steering:
         return self.factor * (1.0 if ramp == 0 else min(1.0, (epoch - start) / ramp))
 
     @property
+    def has_no_end(self) -> bool:
+        """Of its own, before the training's."""
+        return self._schedule.end is None
+
+    @property
     def _end(self) -> int:
         """The step by which the budget is to be met."""
         end = self._schedule.end
@@ -269,7 +274,7 @@ class Steering:
                 weights = weights_of(layer)
                 support = (pulled.get(layer.name, 0.0) * weights - (last - norm)) / moved
                 pull = pull_of(layer) * weights
-                factors = ((norm / ahead + support) / pull).clamp_min(0).nan_to_num(nan=math.inf)
+                factors = torch.where(pull > 0, (norm / ahead + support) / pull, math.inf).clamp_min(0).nan_to_num(nan=math.inf, posinf=math.inf)
                 factors[~layer.mask] = 0.0
                 fewest = min(min_alive(layer), int(layer.mask.sum()))
                 if fewest:
@@ -340,10 +345,8 @@ def shortfall(state: RunState) -> str | None:
     left = Cost(steering.target.kind, state.model, state.neurons, steering.known).now()
     if left <= steering.budget:
         return None
-    return (
-        f"train.target {steering.target}: {left:.6g} are left where {steering.budget:.6g} may be; more epochs, or a later penalty.beta_schedule.end, "
-        "or larger betas to start from"
-    )
+    later = "" if steering.has_no_end else "a later penalty.beta_schedule.end, or "
+    return f"train.target {steering.target}: {left:.6g} are left where {steering.budget:.6g} may be; more epochs, or {later}larger betas to start from"
 
 
 L1_OF_GAUSSIAN = math.sqrt(2 / math.pi)

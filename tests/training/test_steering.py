@@ -55,6 +55,10 @@ def test_what_cannot_be_steered_is_refused() -> None:
         RunConfig(train=TrainConfig(target="neurons=50%"))
     with pytest.raises(ValueError, match=r"leave out penalty\.revive"):
         RunConfig(train=TrainConfig(target="neurons=50%"), penalty=PenaltyConfig(beta=PerLayer(rest=0.1), revive=True))
+    with pytest.raises(ValueError, match=r"leave out penalty\.every"):
+        RunConfig(train=TrainConfig(target="neurons=50%"), penalty=PenaltyConfig(beta=PerLayer(rest=0.1), every="epoch"))
+    with pytest.raises(ValueError, match=r"set penalty\.min_alive 1"):
+        RunConfig(train=TrainConfig(target="params=50%"), penalty=PenaltyConfig(beta=PerLayer(rest=0.1), min_alive=0))
     with pytest.raises(ValueError, match=r"path: train\.target"):
         PathConfig().check(TrainConfig(target="neurons=50%"), PENALTY)
     config = RunConfig(train=TrainConfig(target="neurons=50%"), penalty=PENALTY)
