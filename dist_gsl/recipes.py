@@ -84,10 +84,11 @@ def rotated_digits() -> RunConfig:
 def paper_penalty(
     regulariser: str, *, epochs: float, num_first: int, ratio: float
 ) -> PenaltyConfig:
-    """GS or SGL with the paper's ratio between the first layers' beta and the rest's.
+    """GS or SGL with the paper's ratio between the first layers' beta and the rest's, as a ratio of epochs.
 
     The paper's absolute numbers belong to a step size t that it does not state; here the strength is the number of
-    epochs after which a neuron that the loss never supports is gone.
+    epochs after which a neuron that the loss never supports is gone. Where the rate drops within them the betas are nearer
+    to each other than their epochs: the later ones take little.
     """
     return PenaltyConfig(
         beta=PerLayer(rest=epochs, first=epochs / ratio, num_first=num_first), unit="epochs",
