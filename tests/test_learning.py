@@ -328,6 +328,6 @@ def test_the_page_is_written_between_its_marks(told: dict[str, list[dict[str, An
 def test_every_method_is_of_one_kind_and_has_its_strengths() -> None:
     rivals_: Mapping[str, Any] = {name: method for name, method in METHODS.items() if method.kind == RIVAL}
     assert len(rivals_) >= 8
-    assert all(len(method.strengths) >= 4 for name, method in rivals_.items() if name != "l2"), "so that each has a front; after l2 nothing is zero"
+    assert all(len(method.strengths) >= 3 for name, method in rivals_.items() if name != "l2"), "so that each has a front; after l2 nothing is zero"
     assert {name for name, method in METHODS.items() if method.kind == PART} == {"gs", "revive", "free-at-the-end", "each-epoch", "no-root", "first-weaker"}
     assert replace(TINY, epochs=4).config(0).train.epochs == 4
