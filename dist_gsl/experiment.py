@@ -68,7 +68,7 @@ def is_begun(runs_dir: Path, name: str) -> bool:
 
 def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) -> RunFolder:
     """The run's folder. `ValueError` for a name in use without `resume`, or a resume with another config (more epochs are
-    fine unless the schedule is cosine)."""
+    fine unless the schedule is cosine or a budget is to be met by the training's end)."""
     runs.check_plain_name(name)
     folder = RunFolder(runs_dir.absolute() / name)
     folder.pull()
@@ -76,8 +76,9 @@ def check_name(runs_dir: Path, name: str, *, resume: bool, config: RunConfig) ->
         if not resume:
             raise ValueError(f"run {name!r} exists in {runs_dir}: choose another --name, or go on with it by --resume")
         before, now = folder.config.flat(), config.flat()
-        # The cosine schedule alone depends on where it ends; the others may be gone on with for longer.
-        longer = config.train.schedule != "cosine" and now["train.epochs"] > before["train.epochs"]
+        # A cosine schedule depends on where it ends, and so does what a budget without an end of its own leaves on the way; others may be gone on with.
+        depends_on_end = config.train.schedule == "cosine" or (config.train.target is not None and config.penalty.beta_schedule.end is None)
+        longer = not depends_on_end and now["train.epochs"] > before["train.epochs"]
         # What changes no number that training computes, but by rounding.
         free = ("workers.", "train.checkpoint_", "train.on_divergence", "train.shrink", *(["train.epochs"] if longer else []))
         changed = [key for key in now if before.get(key) != now[key] and not key.startswith(free)]

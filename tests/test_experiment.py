@@ -7,6 +7,7 @@ import pytest
 
 from dist_gsl.config import RunConfig
 from dist_gsl.experiment import check_name
+from dist_gsl.penalty import Schedule
 from dist_gsl.recipes import find
 
 
@@ -36,3 +37,16 @@ def test_a_cosine_schedule_may_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.epochs is 8"):
         check_name(tmp_path, "a", resume=True, config=with_train(config, epochs=8))
     check_name(tmp_path, "a", resume=True, config=replace(config, workers=replace(config.workers, num=1)))
+
+
+@pytest.mark.parametrize("end", [None, 3.0])
+def test_a_budget_that_is_to_be_met_by_the_trainings_end_may_not(end: float | None, tmp_path: Path) -> None:
+    config = with_train(find("dec3-chars"), target="neurons=50%", epochs=4)
+    config = replace(config, penalty=replace(config.penalty, beta_schedule=Schedule(start=1, end=end)))
+    begun(tmp_path, config)
+    longer = with_train(config, epochs=8)
+    if end is None:
+        with pytest.raises(ValueError, match=r"train\.epochs is 8"):
+            check_name(tmp_path, "a", resume=True, config=longer)
+    else:
+        assert check_name(tmp_path, "a", resume=True, config=longer).name == "a"
