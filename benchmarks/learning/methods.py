@@ -142,7 +142,7 @@ METHODS = {
     "magnitude": _rival("filters of small magnitude cut, fine-tuned", SHARES, rivals.magnitude),
     "slimming": _rival("small BatchNorm scales cut, fine-tuned", SHARES, rivals.slimming),
     "torch-pruning": _rival("torch-pruning's GroupNormPruner, fine-tuned", (0.25, 0.6, 0.7, 0.8), rivals.torch_pruning),
-    "rmda": _rival("RMDA, the same penalty", (3.5e-4, 6e-4, 1e-3), rivals.rmda),
+    "rmda": _rival("RMDA, group sparsity (alpha 0)", (3.5e-4, 6e-4, 1e-3), rivals.rmda),
     "narrower": _rival("every layer cut alike, from the start", SHARES, rivals.narrower),
     "scratch": Method("the default's widths, trained from scratch", CONTROL, (2.2, 1.7, 1.0), from_scratch, comes_later=True),
     "between": Method("the default at strengths in between", USE, BETWEEN, partial(penalised, ours.default)),
