@@ -292,6 +292,19 @@ def test_a_budget_is_met_where_its_mean_is_on_the_front_of_the_means(told: dict[
     assert fifty.endswith("| 0.00 | -1.00 ± 0.00 |  |")
 
 
+def test_a_start_from_dense_weights_is_compared_on_the_images_that_are_watched(told: dict[str, list[dict[str, Any]]]) -> None:
+    (line,) = page.from_dense(told)[2:]
+    assert line.endswith("| 1.00 ± 0.00 | -0.50 ± 0.00 |"), "81 less 80 of all images; 79 less 79.5 of the first"
+
+
+def test_what_goes_on_from_a_training_that_failed_fails_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"method": "default", "seed": 0, "strength": 1.0, "error": "the loss is not finite"}) + "\n")
+    with pytest.raises(ValueError, match="no widths: the default failed at strength 1 of seed 0"):
+        METHODS["scratch"].run(TINY, 0, 1.0, tmp_path)
+    with pytest.raises(ValueError, match="no dense weights: the training without penalty failed for seed 0"):
+        METHODS["init"].run(TINY, 0, 4.2, tmp_path)
+
+
 def test_accuracy_of_a_front_lies_on_straight_lines() -> None:
     rows = [row("default", 0, 1.0, 60.0, 90.0), row("default", 0, 2.0, 80.0, 50.0), row("default", 0, 3.0, 70.0, 45.0)]
     assert page.on_front(rows, 30.0) == pytest.approx(70.0)
