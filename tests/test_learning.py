@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data_and_group: None) -> Pa
 def test_every_method_ends_with_the_network_that_it_tells_of(name: str, folder: Path) -> None:
     method = METHODS[name]
     strength = method.strengths[0]
-    outcome = method.run(TINY, 0, strength, folder)
+    outcome = method.trained(TINY, 0, strength, folder)
     whole = {layer.name: layer.num_neurons for layer in rivals.started(TINY, 0)[1]}
     assert outcome.parameters == sum(p.numel() for p in outcome.model.parameters())
     if name != "max-pool-2d":  # a network of its own
@@ -69,7 +69,7 @@ def test_every_method_ends_with_the_network_that_it_tells_of(name: str, folder: 
 def test_the_same_seed_is_the_same_training(name: str, folder: Path) -> None:
     strength = METHODS[name].strengths[0]
     row = json.loads(json.dumps(run.work("tiny", folder, Task(name, 0, strength))))
-    outcome = METHODS[name].run(TINY, 0, strength, folder)
+    outcome = METHODS[name].trained(TINY, 0, strength, folder)
     assert row["widths"] == outcome.widths
     assert row["val_top1"] == run.top1(outcome.model, TINY, "val")
 
@@ -194,7 +194,7 @@ def test_a_training_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(METHODS, "l1", METHODS["l1"]._replace(run=fails))
     assert run.work("tiny", tmp_path, Task("l1", 0, 1.0)) == {
-        "method": "l1", "seed": 0, "strength": 1.0, "setting": "tiny", "error": "the loss is not finite",
+        "method": "l1", "seed": 0, "strength": 1.0, "setting": "tiny", "weight_decay": 5e-4, "error": "the loss is not finite",
     }  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
 
 def row(method: str, seed: int, strength: float, top1: float, gone: float, **more: Any) -> dict[str, Any]:
     return {
-        "method": method, "seed": seed, "strength": strength, "val_top1": top1, "test_top1": top1 - 1, "neurons": gone, "parameters": 100, "seconds": 10.0,
+        "method": method, "seed": seed, "strength": strength, "val_top1": top1, "test_top1": top1 - 1, "neurons": gone, "parameters": 100, "seconds": 10.0, "weight_decay": 5e-4,
         **more,
     }  # fmt: skip
 
@@ -262,6 +262,7 @@ def test_the_table_says_who_is_ahead(told: dict[str, list[dict[str, Any]]]) -> N
     assert lines[3].split("|")[3:5] == [" 1000 ± 0 ", " 1.500 ± 0.000 "]
     assert lines[2].split("|")[6:9] == [" 0.0 ± 0.0 ", " 80.0 ± 0.0 ", " - "], "50 % is on its front, 40 % beyond"
     assert "80.00 ± 0.00" in page.single_networks(told)[0]
+    assert [line.split("|")[-3] for line in lines[2:4]] == [" 50.0 ± 0.0 ", " 100.0 ± 0.0 "], "within a point of the dense network"
 
 
 def test_accuracies_are_compared_at_the_same_sizes(told: dict[str, list[dict[str, Any]]]) -> None:
@@ -270,6 +271,18 @@ def test_accuracies_are_compared_at_the_same_sizes(told: dict[str, list[dict[str
     assert page.beside([row("magnitude", 0, 0.7, 90.0, 61.0)], rows) == [], "the default has none so small"
     line = next(line for line in page.table(told, (OWN, RIVAL, CONTROL)) if "magnitude" in line)
     assert line.split("|")[6] == " -10.0 ± 0.0 "
+
+
+def test_rivals_are_held_against_the_default_with_its_best_weight_decay(told: dict[str, list[dict[str, Any]]]) -> None:
+    """Where another decay is better for a strength; as the demo has it in the table of its parts."""
+    told["default-decay"] = [row("default-decay", seed, 2.2, 82.0, 50.0, weight_decay=4e-3) for seed in (0, 1)]
+    told["default"] += [row("default", seed, 1.7, 70.0, 60.0) for seed in (0, 1)]
+    tuned = page.as_tuned(told)["default-decay"]
+    assert [(each["strength"], each["weight_decay"]) for each in page.by_seed(tuned)[0]] == [(2.2, 4e-3), (1.7, 5e-4)]
+    line = next(line for line in page.parts_of(told, [])["rivals"] if "magnitude" in line)
+    assert line.split("|")[4] == " 1.800 ± 0.000 ", "32 * 50 + 20 * 10 over 20 * 50"
+    assert line.split("|")[6] == " -12.0 ± 0.0 "
+    assert not any("default-decay" in line for line in page.parts_of(told, [])["parts"])
 
 
 def test_the_front_is_chosen_on_validation() -> None:
@@ -336,6 +349,17 @@ def test_the_page_is_written_between_its_marks(told: dict[str, list[dict[str, An
         patch.setattr("sys.argv", ["page", str(tmp_path / "nowhere"), str(written)])
         assert page.main() == 2
         assert "has no rows of 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.decays])
+def test_each_strength_is_trained_with_its_weight_decay(name: str, tmp_path: Path) -> None:
+    method = METHODS[name]
+    assert len(method.decays) == len(method.strengths)
+    found: list[float] = []
+    watched = method._replace(run=lambda setting, *_: found.append(setting.config(0).train.weight_decay))  # type: ignore[arg-type]
+    for strength in method.strengths:
+        watched.trained(TINY, 0, strength, tmp_path)
+    assert tuple(found) == method.decays
 
 
 def test_every_method_is_of_one_kind_and_has_its_strengths() -> None:

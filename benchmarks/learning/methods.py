@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,15 +28,13 @@ BETWEEN = (5.0, 1.5, 0.8)
 """More of the default's, for a front that budgets are compared with."""
 FROM_DENSE = (5.5, 4.8, 4.2)
 """At a fifth of the learning rate, at which the loss holds on to a neuron a fifth as much in an epoch."""
-SHARES = (0.25, 0.45, 0.7, 0.8)
-"""Of the neurons, that methods which are told how many cut."""
+SHARES = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Of the neurons, that methods which are told how many cut: as many as the default has strengths, as a hypervolume grows with their number."""
 TARGETS = (95, 90, 80, 70, 60, 50, 40, 30, 20, 10)
 """Percent of the neurons that may be left."""
 PAIRS = 20
 """Pairs of beta over a factor of ten, as in the paper's measurement of its sensitivity."""
 DEMO_STRENGTH = 1.5
-TUNED_DECAY = 8e-3
-"""Weight decay with which the network without penalty is best, of 5e-4 (the demo's), 2e-3, 4e-3 and 8e-3, on the validation split of seed 0."""
 
 
 class Method(NamedTuple):
@@ -48,6 +46,18 @@ class Method(NamedTuple):
     comes_later: bool = False
     """It goes on from what another method left in the folder."""
     one_seed: bool = False
+    decays: Sequence[float] = ()
+    """Weight decay at each strength, where it is not the setting's: the best of 0 to 3.2e-2 on the validation split of seed 0."""
+
+    @property
+    def described(self) -> str:
+        return self.title + (f" (weight decay {' or '.join(f'{decay:g}' for decay in sorted(set(self.decays)))})" if self.decays else "")
+
+    def trained(self, setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
+        return self.run(self.setting(setting, strength), seed, strength, folder)
+
+    def setting(self, setting: Setting, strength: float) -> Setting:
+        return replace(setting, weight_decay=self.decays[self.strengths.index(strength)]) if self.decays else setting
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -68,8 +78,9 @@ def penalised(penalty: Callable[[Setting, float], PenaltyConfig], setting: Setti
     return ours.trained(setting, seed, penalty(setting, in_epochs(setting, strength)))
 
 
-def rival(train: Callable[[Setting, int, float], Outcome], setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
-    return train(setting, seed, strength)
+def rival(train: Callable[..., Outcome], weights: Mapping[float, float], setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
+    """weights: of the rival's own penalty, by strength."""
+    return train(setting, seed, strength, **({"weight": weights[strength]} if weights else {}))
 
 
 def dense(setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
@@ -106,45 +117,56 @@ def drawn(setting: Setting, seed: int, strength: float, folder: Path) -> Outcome
 
 
 def tuned_decay(setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
-    return rivals.no_penalty(replace(setting, weight_decay=TUNED_DECAY), seed)
+    return rivals.no_penalty(setting, seed)
 
 
 def max_pool_2d(setting: Setting, seed: int, strength: float, folder: Path) -> Outcome:
     return rivals.max_pool_2d(setting, seed)
 
 
-def _own(title: str, penalty: Callable[[Setting, float], PenaltyConfig], strengths: Sequence[float] = FOR_PARTS, *, kind: str = PART) -> Method:
-    return Method(title, kind, strengths, partial(penalised, penalty))
+def _own(
+    title: str, penalty: Callable[[Setting, float], PenaltyConfig], strengths: Sequence[float] = FOR_PARTS, *, kind: str = PART, decays: Sequence[float] = ()
+) -> Method:  # fmt: skip
+    return Method(title, kind, strengths, partial(penalised, penalty), decays=decays)
 
 
-def _rival(title: str, strengths: Sequence[float], train: Callable[[Setting, int, float], Outcome]) -> Method:
-    return Method(title, RIVAL, strengths, partial(rival, train))
+def _rival(
+    title: str, strengths: Sequence[float], train: Callable[..., Outcome], *, decays: Sequence[float] = (), weights: Sequence[float] = ()
+) -> Method:  # fmt: skip
+    by_strength = dict(zip(strengths, weights, strict=True)) if weights else {}
+    return Method(title, RIVAL, strengths, partial(rival, train, by_strength), decays=decays)
 
 
 METHODS = {
     "none": Method("no penalty", CONTROL, (0.0,), dense),
-    "tuned-decay": Method(f"no penalty, the weight decay that is best ({TUNED_DECAY:g})", CONTROL, (0.0,), tuned_decay),
+    "tuned-decay": Method("no penalty, the weight decay that is best", CONTROL, (0.0,), tuned_decay, decays=(1.6e-2,)),
     "max-pool-2d": Method("Dec3's counterpart with 2D filters", CONTROL, (0.0,), max_pool_2d),
     "default": _own("this project's default", ours.default, STRENGTHS, kind=OWN),
+    "default-decay": _own("this project's default, with the weight decay that is best", ours.default, (3.0, 2.2), kind=OWN, decays=(4e-3, 4e-3)),
     "gs": _own("without: the L1 part; group sparsity, alpha 0", ours.group_sparsity),
     "revive": _own("without: dead is dead", ours.may_come_back),
     "free-at-the-end": _own("with: a last phase without penalty", ours.free_at_the_end),
     "each-epoch": _own("without: the operator in every step; at each epoch's end", ours.each_epoch, (2.8, 2.2, 1.75)),
     "no-root": _own("without: the root of P_l", ours.without_root),
     "first-weaker": _own("with: half the strength in the first layer", ours.first_weaker),
-    "paper-gs": _own("the paper's group sparsity: at each epoch's end, to the last, revivable", ours.paper_gs, AT_EPOCHS, kind=RIVAL),
-    "paper-sgl": _own("the paper's sparse group lasso", ours.paper_sgl, AT_EPOCHS, kind=RIVAL),
-    "l2": _rival("weight decay and a threshold", (2e-3, 3e-2), rivals.l2),
+    "paper-gs": _own("the paper's group sparsity: at each epoch's end, to the last, revivable", ours.paper_gs, AT_EPOCHS, kind=RIVAL, decays=(4e-3, 4e-3, *(5e-4,) * 4)),
+    "paper-sgl": _own("the paper's sparse group lasso", ours.paper_sgl, AT_EPOCHS, kind=RIVAL, decays=(4e-3, *(5e-4,) * 5)),
+    "l2": _rival("weight decay and a threshold", (2e-2, 3e-2), rivals.l2),
     "l1": _rival("L1 and a threshold", (2e-3, 3e-3, 4e-3), rivals.l1),
     "gradient-gl": _rival(
-        "group lasso by gradients, a threshold, fine-tuned", (1e-3, 1.4e-3, 1.7e-3, 2e-3), rivals.gradient_group_lasso
+        "group lasso by gradients, a threshold, fine-tuned", (8e-4, 1e-3, 1.2e-3, 1.4e-3, 1.7e-3, 2e-3), rivals.gradient_group_lasso, decays=(2e-3,) * 6
     ),
-    "magnitude": _rival("filters of small magnitude cut, fine-tuned", SHARES, rivals.magnitude),
-    "slimming": _rival("small BatchNorm scales cut, fine-tuned", SHARES, rivals.slimming),
-    "torch-pruning": _rival("torch-pruning's GroupNormPruner, fine-tuned", (0.25, 0.6, 0.7, 0.8), rivals.torch_pruning),
+    "magnitude": _rival("filters of small magnitude cut, fine-tuned", SHARES, rivals.magnitude, decays=(1.6e-2,) * 6),
+    "slimming": _rival(
+        "small BatchNorm scales cut, fine-tuned", SHARES, rivals.slimming, decays=(*(1.6e-2,) * 5, 4e-3), weights=(*(1e-4,) * 5, 1e-3)
+    ),
+    "torch-pruning": _rival(
+        "torch-pruning's GroupNormPruner, fine-tuned", SHARES, rivals.torch_pruning,
+        decays=(*(1.6e-2,) * 3, 0.0, 0.0, 1e-4), weights=(*(1e-4,) * 3, *(5e-3,) * 3),
+    ),
     "rmda": _rival("RMDA, group sparsity (alpha 0)", (3.5e-4, 6e-4, 1e-3), rivals.rmda),
-    "narrower": _rival("every layer cut alike, from the start", SHARES, rivals.narrower),
-    "scratch": Method("the default's widths, trained from scratch", CONTROL, (2.2, 1.7, 1.0), from_scratch, comes_later=True),
+    "narrower": _rival("every layer cut alike, from the start", SHARES, rivals.narrower, decays=(*(1.6e-2,) * 3, *(8e-3,) * 3)),
+    "scratch": Method("the default's widths, trained from scratch", CONTROL, (2.2, 1.7, 1.0), from_scratch, comes_later=True, decays=(1.6e-2, 1.6e-2, 8e-3)),
     "between": Method("the default at strengths in between", USE, BETWEEN, partial(penalised, ours.default)),
     "target": Method("the default steered to a budget", USE, TARGETS, steered),
     "init": Method("group sparsity from the dense network's weights", USE, FROM_DENSE, from_dense, comes_later=True),

@@ -201,7 +201,7 @@ def magnitude(setting: Setting, seed: int, share: float) -> Outcome:
     return cut_and_tune(setting, seed, share, score)
 
 
-def slimming(setting: Setting, seed: int, share: float, *, weight: float = 1e-3, relative: bool = True) -> Outcome:
+def slimming(setting: Setting, seed: int, share: float, *, weight: float, relative: bool = True) -> Outcome:
     """L1 on BatchNorm's scales while training; who has the smallest goes, or (relative) the smallest over the mean of its layer: absolute ones
     leave one neuron in some layers here."""
 
@@ -222,9 +222,8 @@ def slimming(setting: Setting, seed: int, share: float, *, weight: float = 1e-3,
     return cut_and_tune(setting, seed, share, score, regularise)
 
 
-def torch_pruning(setting: Setting, seed: int, share: float, *, weight: float = 5e-3) -> Outcome:
-    """GroupNormPruner as its authors run it: its own regularisation while training, its own cut, then fine-tuning; the weight is ten times their
-    largest, for so few steps."""
+def torch_pruning(setting: Setting, seed: int, share: float, *, weight: float) -> Outcome:
+    """GroupNormPruner as its authors run it: its own regularisation while training, of which their largest weight is 5e-4, its own cut, then fine-tuning."""
     import torch_pruning as tp
 
     model, neurons = started(setting, seed)

@@ -7,7 +7,7 @@ cuts before the first drop of the rate, and has the rest of the same epochs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ class Setting:
     num_evaluated: int = 5000
     """Images of the validation split, and of the test split."""
     batch_size: int = 64
-    weight_decay: float = 5e-4
+    weight_decay: float = field(default=5e-4, compare=False)
+    """Of which the images, that are kept for each setting, are independent."""
 
     @property
     def cut(self) -> float:
