@@ -283,6 +283,10 @@ def test_rivals_are_held_against_the_default_with_its_best_weight_decay(told: di
     assert line.split("|")[4] == " 1.800 ± 0.000 ", "32 * 50 + 20 * 10 over 20 * 50"
     assert line.split("|")[6] == " -12.0 ± 0.0 "
     assert not any("default-decay" in line for line in page.parts_of(told, [])["parts"])
+    told["between"].append(row("between", 0, 1.5, 75.0, 55.0))
+    told["tuned-decay"] = [row("tuned-decay", 0, 0.0, 83.0, 0.0, weight_decay=1.6e-2)]
+    points = {each["val_top1"] for each in page.line_of(page.as_tuned(told), "default-decay")}
+    assert points == {82.0, 70.0, 75.0, 83.0}, "of the weaker penalties none with the demo's decay; without penalty that of the best"
 
 
 def test_the_front_is_chosen_on_validation() -> None:

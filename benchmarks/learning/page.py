@@ -87,6 +87,12 @@ def at_size(rows: Rows, left: float) -> list[float]:
     return [top1 for its in by_seed(rows).values() if (top1 := on_front(its, left)) is not None]
 
 
+def described(name: str, rows: Rows) -> str:
+    """With the weight decays, where they are not the setting's."""
+    decays = " or ".join(f"{decay:g}" for decay in sorted({row["weight_decay"] for row in rows}))
+    return f"{name}: {METHODS[name].title}" + (f" (weight decay {decays})" if METHODS[name].decays else "")
+
+
 def as_tuned(rows_by: dict[str, Rows]) -> dict[str, Rows]:
     """With the default as tuned as its rivals: where another weight decay is better for a strength, with that."""
     if not rows_by.get(TUNED):
@@ -104,19 +110,28 @@ def table(rows_by: dict[str, Rows], kinds: Sequence[str], *, reference: str = "d
     found = {name: volumes(rows, "val") for name, rows in named.items()}
     sizes = "".join(f" top-1 at {left} % |" for left in SIZES)
     lines = [
-        f"| method | trainings | hypervolume | the default's over it | hypervolume, test | less the default's top-1 at the same sizes |{sizes} neurons left within a point of the dense network's best, % | seconds |",
+        f"| method | trainings | hypervolume | {reference}'s over it | hypervolume, test | less {reference}'s top-1 at the same sizes |{sizes} neurons left within a point of the dense network's best, % | seconds |",
         "|---|---|---|---|---|---|" + "---|" * len(SIZES) + "---|---|",
     ]
     for name in sorted(named, key=lambda name: -statistics.mean(found[name].values())):
         rows = named[name]
         at = "".join(f" {of_seeds(at_size(rows, left), rows)} |" for left in SIZES)
         lines.append(
-            f"| {name}: {METHODS[name].described} | {len(rows)} | {mean_and_error(list(found[name].values()), 0)} "
+            f"| {described(name, rows)} | {len(rows)} | {mean_and_error(list(found[name].values()), 0)} "
             f"| {mean_and_error(over(found[reference], found[name]), 3)} | {mean_and_error(list(volumes(rows, 'test').values()), 0)} "
-            f"| {of_seeds(beside(rows, rows_by[reference] + rows_by.get('between', [])), rows)} |{at} "
+            f"| {of_seeds(beside(rows, line_of(rows_by, reference)), rows)} |{at} "
             f"{mean_and_error(least_neurons(rows, dense), 1)} | {statistics.mean(row['seconds'] for row in rows):.0f} |"
         )
     return lines
+
+
+def line_of(rows_by: dict[str, Rows], reference: str) -> Rows:
+    """All points of the default. With its best weight decay it begins, without penalty, at that of the network without penalty, and has none of
+    the weaker penalties at the demo's."""
+    between = rows_by.get("between", [])
+    if reference != TUNED:
+        return rows_by[reference] + between
+    return rows_by[reference] + rows_by.get("tuned-decay", []) + [row for row in between if row["strength"] < min(METHODS[TUNED].strengths)]
 
 
 def beside(rows: Rows, others: Rows) -> list[float]:
@@ -142,7 +157,7 @@ def of_seeds(values: Sequence[float], rows: Rows, digits: int = 1) -> str:
 def single_networks(rows_by: dict[str, Rows]) -> list[str]:
     """Networks that nothing is removed from."""
     return [
-        f"{name}, {METHODS[name].described}: validation {mean_and_error([row['val_top1'] for row in rows])}, test {mean_and_error([row['test_top1'] for row in rows])}, "
+        f"{described(name, rows)}: validation {mean_and_error([row['val_top1'] for row in rows])}, test {mean_and_error([row['test_top1'] for row in rows])}, "
         f"{mean_and_error([row['parameters'] for row in rows], 0)} parameters, {statistics.mean(row['seconds'] for row in rows):.0f} seconds.  "
         for name, rows in rows_by.items() if len(METHODS[name].strengths) == 1
     ]  # fmt: skip
