@@ -247,7 +247,7 @@ def sensitivity(rows: Rows) -> list[str]:
 
 
 def draw(rows_by: dict[str, Rows], path: Path, names: Sequence[str], *, bold: str = "default") -> None:
-    """Accuracy over neurons left: every training a dot, the front of all seeds a line."""
+    """Accuracy over neurons left: every training a dot, the front of the means over seeds a line."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -259,12 +259,16 @@ def draw(rows_by: dict[str, Rows], path: Path, names: Sequence[str], *, bold: st
     names = [name for name in names if rows_by.get(name)]
     for number, name in enumerate(names):
         points = points_of(rows_by[name], "val")
-        kept = front(points)
+        means = points_of(means_of(rows_by[name]), "val")
         colour = "black" if name == bold else colours[number % 20]
         axis.scatter([p[1] for p in points], [p[0] for p in points], s=14, color=colour, alpha=0.5)
-        axis.plot([points[i][1] for i in kept], [points[i][0] for i in kept], label=name, color=colour, linewidth=2.5 if name == bold else 1.2)
+        kept = sorted(front(means), key=lambda i: means[i][1])
+        axis.plot([means[i][1] for i in kept], [means[i][0] for i in kept], label=name, color=colour, linewidth=2.5 if name == bold else 1.2)
     dense = statistics.mean(row["val_top1"] for row in rows_by["none"])
     axis.axhline(dense, color="grey", linestyle=":", linewidth=1, label="no penalty")
+    if rows_by.get("tuned-decay"):
+        best = statistics.mean(row["val_top1"] for row in rows_by["tuned-decay"])
+        axis.axhline(best, color="grey", linestyle="--", linewidth=1, label="no penalty, best weight decay")
     shown = [row["val_top1"] for name in names for row in rows_by[name]]
     axis.set_ylim(max(min(shown) - 1, dense - 15), max(shown) + 1)
     axis.set_xlim(0, 101)
@@ -327,7 +331,7 @@ def main() -> int:
     options.page.write_text(text)
     beside = options.page.with_suffix("")
     kinds = {kind: [name for name, method in METHODS.items() if method.kind in (kind, OWN) and name != "none"] for kind in (PART, RIVAL)}
-    draw(as_tuned(rows_by), beside.with_name(f"{beside.name}-rivals.svg"), [*kinds[RIVAL], "scratch", "max-pool-2d", "tuned-decay"])
+    draw(as_tuned(rows_by), beside.with_name(f"{beside.name}-rivals.svg"), [*kinds[RIVAL], "scratch", "max-pool-2d"], bold=TUNED if rows_by.get(TUNED) else "default")
     draw(rows_by, beside.with_name(f"{beside.name}-parts.svg"), [name for name in kinds[PART] if name != TUNED])
     draw(rows_by, beside.with_name(f"{beside.name}-use.svg"), ["default", "between", "target", "init", "sensitivity"])
     return 0
