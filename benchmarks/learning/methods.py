@@ -24,7 +24,7 @@ FOR_PARTS = (2.2, 1.7, 1.15)
 """Those of the default that are compared with it where one part is other."""
 AT_EPOCHS = (4.0, 3.0, 2.6, 2.3, 2.15, 2.0)
 """Where the operator runs at the end of each epoch, from the first one: much goes at once there."""
-BETWEEN = (5.0, 1.5, 0.9, 0.8)
+BETWEEN = (5.0, 1.5, 0.9, 0.8, 0.7)
 """More of the default's, for a front that budgets are compared with."""
 FROM_DENSE = (5.5, 4.8, 4.2)
 """At a fifth of the learning rate, at which the loss holds on to a neuron a fifth as much in an epoch."""
