@@ -355,6 +355,14 @@ def test_the_page_is_written_between_its_marks(told: dict[str, list[dict[str, An
         assert "has no rows of 'none'" in capsys.readouterr().err
 
 
+def test_the_written_page_is_that_of_its_trainings() -> None:
+    written = (run.ROOT / "docs" / "learning.md").read_text()
+    rows_by, failed = page.told_in(run.ROOT / "benchmarks" / "learning" / "small")
+    parts = page.parts_of(rows_by, failed)
+    del parts["date"]
+    assert page.filled(written, parts) == written
+
+
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.decays])
 def test_each_strength_is_trained_with_its_weight_decay(name: str, tmp_path: Path) -> None:
     method = METHODS[name]

@@ -309,16 +309,22 @@ def parts_of(rows_by: dict[str, Rows], failed: Rows) -> dict[str, list[str]]:
     return found
 
 
+def told_in(folder: Path) -> tuple[dict[str, Rows], Rows]:
+    """(rows of each method, of the strengths that it still has; those of trainings that failed)."""
+    rows_by: dict[str, Rows] = defaultdict(list)
+    failed: Rows = []
+    for row in rows_of(folder):
+        if row["method"] in METHODS and row["strength"] in METHODS[row["method"]].strengths:
+            (failed if "error" in row else rows_by[row["method"]]).append(row)
+    return rows_by, failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("page", type=Path)
     options = parser.parse_args()
-    rows_by: dict[str, Rows] = defaultdict(list)
-    failed: Rows = []
-    for row in rows_of(options.folder):
-        if row["method"] in METHODS and row["strength"] in METHODS[row["method"]].strengths:
-            (failed if "error" in row else rows_by[row["method"]]).append(row)
+    rows_by, failed = told_in(options.folder)
     lacking = [name for name in ("none", "default") if not rows_by[name]]
     if lacking:
         print(f"page: {options.folder} has no rows of {lacking[0]!r}; run benchmarks/learning/run.py {options.folder} first", file=sys.stderr)
