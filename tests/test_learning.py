@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.learning import page, rivals, run
-from benchmarks.learning.methods import CONTROL, METHODS, OWN, PART, RIVAL, rows_of
+from benchmarks.learning.methods import CONTROL, METHODS, OWN, PART, RIVAL, rival, rows_of
 from benchmarks.learning.run import Task
-from benchmarks.learning.setting import SETTINGS, Batches, images_of
+from benchmarks.learning.setting import SETTINGS, Batches, Setting, images_of
 from dist_gsl import SparseGroupLasso, create_model, find_neurons
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import row_norms
@@ -368,10 +368,41 @@ def test_each_strength_is_trained_with_its_weight_decay(name: str, tmp_path: Pat
     method = METHODS[name]
     assert len(method.decays) == len(method.strengths)
     found: list[float] = []
-    watched = method._replace(run=lambda setting, *_: found.append(setting.config(0).train.weight_decay))  # type: ignore[arg-type]
+
+    def watch(setting: Setting, *_: Any) -> Any:
+        found.append(setting.config(0).train.weight_decay)
+
+    watched = method._replace(run=watch)
     for strength in method.strengths:
         watched.trained(TINY, 0, strength, tmp_path)
     assert tuple(found) == method.decays
+
+
+def test_a_rivals_own_penalty_is_as_strong_as_its_share_wants(tmp_path: Path) -> None:
+    found: list[dict[str, float]] = []
+
+    def watch(*_: Any, **options: float) -> Any:
+        found.append(options)
+
+    rival(watch, {0.25: 1e-4, 0.8: 1e-3}, TINY, 0, 0.8, tmp_path)
+    rival(watch, {}, TINY, 0, 0.8, tmp_path)
+    assert found == [{"weight": 1e-3}, {}]
+
+
+@pytest.mark.parametrize("program", [run, page])
+def test_a_torn_line_is_named(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a comparison leaves that is killed while it writes."""
+    torn = json.dumps(row("none", 0, 0.0, 80.0, 0.0)) + '\n{"method": "none", "seed"'
+    (tmp_path / "rows.jsonl").write_text(torn)
+    monkeypatch.setattr("sys.argv", ["program", str(tmp_path), *([str(tmp_path / "page.md")] if program is page else [])])
+    try:
+        code = program.main()
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert re.search(r"rows\.jsonl, line 2 is not a whole training: delete it.*\n$", capsys.readouterr().err)
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert (tmp_path / "rows.jsonl").read_text() == torn
 
 
 def test_every_method_is_of_one_kind_and_has_its_strengths() -> None:

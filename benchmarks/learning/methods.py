@@ -57,9 +57,14 @@ class Method(NamedTuple):
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """What is done: a dict for each training."""
-    file = folder / "rows.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """What is done: a dict for each training. `ValueError` for a line that is none, as of a comparison that was killed while it wrote."""
+    file, rows = folder / "rows.jsonl", []
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{file}, line {number} is not a whole training: delete it, and run the comparison again for what it lacks") from None
+    return rows
 
 
 def dense_weights(folder: Path, seed: int) -> Path:

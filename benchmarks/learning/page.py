@@ -324,7 +324,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("page", type=Path)
     options = parser.parse_args()
-    rows_by, failed = told_in(options.folder)
+    try:
+        rows_by, failed = told_in(options.folder)
+    except ValueError as error:
+        print(f"page: {error}", file=sys.stderr)
+        return 2
     lacking = [name for name in ("none", "default") if not rows_by[name]]
     if lacking:
         print(f"page: {options.folder} has no rows of {lacking[0]!r}; run benchmarks/learning/run.py {options.folder} first", file=sys.stderr)

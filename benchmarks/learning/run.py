@@ -146,7 +146,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="trainings at once, of one thread each")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster instead, whose nodes all see FOLDER")
     options = parser.parse_args()
-    refused = reason_against(options)
+    try:
+        refused = reason_against(options)
+    except ValueError as error:
+        refused = str(error)
     if refused is not None:
         parser.exit(2, f"run: error: {refused}\n")
     options.folder.mkdir(parents=True, exist_ok=True)
