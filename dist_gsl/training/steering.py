@@ -39,8 +39,12 @@ LOOKS_PER_EPOCH = 16
 FASTEST = 2.0
 """Times by which a look changes the factor at most."""
 EARLINESS, MOST_EARLINESS = 0.6, 4.0
-"""What is still to go is the share of the way that is left to a power (Zhu and Gupta 2017 have the cube, for shares): this over the share of the network
+"""What is still to go is the share of the way that is left to a power (Zhu and Gupta 2017 have the cube, for shares): this over the share of the widths
 that may be left, at most that. So a constant penalty does by itself: the fewer it leaves, the more of them it takes early."""
+EARLY, EARLIEST = 0.3, 0.2
+"""Shares of the widths. Those that may have less than the first are to be there before the end, by `MET_BY` of the way for the second and less: so few
+neurons have to learn again what the others did, and do it when they are to stay."""
+MET_BY = 0.8
 DEADLINES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the way that is left, at whose ends what is left must be allowed."""
 LARGEST = 1e4
@@ -227,9 +231,15 @@ class Steering:
     def allowed(self, step: int) -> float:
         """What may be left by a step, in the target's unit."""
         assert self.budget is not None
+        share = min(1.0, self.budget / self.whole)
+        width = share if self.target.kind == "neurons" else math.sqrt(share)  # weights go with the product of two widths
         begin, now, end = (self._way[min(each, self._end)] for each in (self._start, step, self._end))
+        end -= (1 - MET_BY) * (end - begin) * min(1.0, max(0.0, (EARLY - width) / (EARLY - EARLIEST)))
         rest = min(1.0, (end - now) / (end - begin)) if now < end else 0.0
-        return self.budget + max(0.0, self.whole - self.budget) * rest ** min(MOST_EARLINESS, EARLINESS * self.whole / self.budget)
+        to_go = rest ** min(MOST_EARLINESS, EARLINESS / width)
+        if self.target.kind != "neurons":
+            to_go *= (2 * width + (1 - width) * to_go) / (1 + width)  # of the square, where that is to go of the widths
+        return self.budget + max(0.0, self.whole - self.budget) * to_go
 
     def after_step(self, pulls: Mapping[str, float], learning_rate: float) -> None:
         """pulls: {layer name: what the step's penalty took from a norm}."""

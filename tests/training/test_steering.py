@@ -211,8 +211,33 @@ def test_what_may_be_left_falls_from_all_to_the_budget() -> None:
     assert course[end:] == [4.0] * (200 - end)
     assert all(a >= b for a, b in itertools.pairwise(course))
     assert course[(start + end) // 2] == pytest.approx(4 + 6 * 0.5 ** (0.6 / 0.4), abs=0.1), "most goes early"
-    steering.budget = 1.0
-    assert steering.allowed((start + end) // 2) == pytest.approx(1 + 9 * 0.5**4, abs=0.1), "the earlier, the less may be left"
+    steering.budget = 3.0
+    assert steering.allowed((start + end) // 2) == pytest.approx(3 + 7 * 0.5**2, abs=0.1), "the earlier, the less may be left"
+
+
+@pytest.mark.parametrize(("left", "by"), [(1.0, 0.8), (2.0, 0.8), (2.5, 0.9), (3.0, 1.0), (4.0, 1.0)])
+def test_few_neurons_are_to_be_had_before_the_end(left: float, by: float) -> None:
+    steering = Steering(Target("neurons", 10 * left, True), replace(PENALTY, beta_schedule=Schedule()), steps_per_epoch=10, num_steps=200, learning_rate=lambda step: 0.1)
+    steering.budget, steering.whole = left, 10.0
+    there = round(200 * by)
+    assert all(steering.allowed(step) == left for step in range(there, 201))
+    assert steering.allowed(there - 20) > left
+    assert steering.allowed(there // 2) == pytest.approx(left + (10 - left) * 0.5 ** min(4.0, 0.6 / left * 10))
+
+
+@pytest.mark.parametrize("kind", ["params", "macs", "latency_ms"])
+@pytest.mark.parametrize("share", [0.01, 0.04, 0.25, 0.64])
+def test_weights_fall_with_the_square_of_the_widths(kind: str, share: float) -> None:
+    """As a budget of as many neurons as leave them."""
+    penalty = replace(PENALTY, beta_schedule=Schedule())
+    weights, widths = (
+        Steering(target, penalty, steps_per_epoch=10, num_steps=200, learning_rate=lambda step: 0.1)
+        for target in (Target(kind, 100 * share, True), Target("neurons", 100 * math.sqrt(share), True))
+    )
+    weights.budget, weights.whole = 900 * share, 900.0
+    widths.budget, widths.whole = 30 * math.sqrt(share), 30.0
+    for step in range(201):
+        assert weights.allowed(step) == pytest.approx(widths.allowed(step) ** 2)
 
 
 def test_time_is_the_sum_of_the_learning_rates() -> None:
