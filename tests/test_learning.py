@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -298,7 +299,7 @@ def test_budgets_are_held_against_the_front_of_fixed_betas(told: dict[str, list[
     seventy, fifty = page.budgets(told)[2:]
     assert fifty.split("|")[1:3] == [" 50 ", " 49.0 ± 0.0 "]
     assert fifty.endswith("| no front there | - |  |"), "49 % is beyond the front"
-    assert seventy.endswith("| -1.00 | -1.00 ± 0.00 | size and accuracy |")
+    assert seventy.endswith("| -1.00 ± 0.00 | -1.00 ± 0.00 | size and accuracy |")
 
 
 def test_a_budget_is_met_where_its_mean_is_on_the_front_of_the_means(told: dict[str, list[dict[str, Any]]]) -> None:
@@ -306,7 +307,25 @@ def test_a_budget_is_met_where_its_mean_is_on_the_front_of_the_means(told: dict[
     told["default"] = [row("default", seed, 2.2 + number, 80.0 + 2 * (seed == number), 50.0) for seed in (0, 1) for number in (0, 1)]
     told["target"] = [row("target", seed, 50, 81.0, 50.0) for seed in (0, 1)]
     (fifty,) = page.budgets(told)[2:]
-    assert fifty.endswith("| 0.00 | -1.00 ± 0.00 |  |")
+    assert fifty.endswith("| 0.00 ± 0.00 | -1.00 ± 0.00 |  |")
+
+
+def test_more_seeds_of_the_default_leave_the_comparison_as_it_is(told: dict[str, list[dict[str, Any]]]) -> None:
+    """They are for the budgets alone."""
+    before = page.parts_of(told, [])
+    told["default"].append(row("default", 2, 2.2, 90.0, 50.0))
+    told["none"].append(row("none", 2, 0.0, 90.0, 0.0))
+    told["target"].append(row("target", 2, 70, 70.0, 33.0))
+    after = page.parts_of(told, [])
+    assert {name: after[name] for name in ("rivals", "parts", "strengths", "init")} == {name: before[name] for name in ("rivals", "parts", "strengths", "init")}
+    assert "seeds 0, 1 (of fixed betas and budgets 0, 1, 2); " in after["date"][0]
+    assert after["target"] != before["target"]
+
+
+def test_the_error_of_a_mean_by_the_jackknife_is_its_standard_error() -> None:
+    values = [1.0, 2.0, 4.0, 8.0]
+    without_one = [statistics.mean(values[:number] + values[number + 1 :]) for number in range(4)]
+    assert page.jackknife_error(without_one) == pytest.approx(statistics.stdev(values) / 2)
 
 
 def test_a_start_from_dense_weights_is_compared_on_the_images_that_are_watched(told: dict[str, list[dict[str, Any]]]) -> None:

@@ -78,6 +78,12 @@ def least_neurons(rows: Rows, dense: Rows) -> list[float]:
     return found
 
 
+def of_rivals_seeds(rows_by: dict[str, Rows]) -> dict[str, Rows]:
+    """Of the seeds that a rival was run with: others may have more, for what needs no rival."""
+    seeds = {row["seed"] for name, rows in rows_by.items() if METHODS[name].kind == RIVAL for row in rows}
+    return {name: [row for row in rows if row["seed"] in seeds] for name, rows in rows_by.items()} if seeds else rows_by
+
+
 def over(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
     return [ours[seed] / theirs[seed] for seed in sorted(set(ours) & set(theirs)) if theirs[seed] > 0]
 
@@ -198,7 +204,7 @@ def means_of(rows: Rows) -> Rows:
 
 def budgets(rows_by: dict[str, Rows]) -> list[str]:
     """Each budget against the front of fixed betas: the mean of its seeds against the front of their means, which decides, and each seed against its own
-    front. The latter is too high by what luck gave its points, as a front is of the best."""
+    front. The latter is too high by what luck gave its points, as a front is of the best. The first one's error is the jackknife's over seeds."""
     fixed = by_seed(rows_by["default"] + rows_by["between"] + rows_by["none"])
     lines = [
         "| may be left, % | left, % | off by, at most | top-1, validation | less the front of the means | less the front of the same seed | missed |",
@@ -210,16 +216,30 @@ def budgets(rows_by: dict[str, Rows]) -> list[str]:
             continue
         at = [(row["val_top1"], on_front(fixed[row["seed"]], 100 - row["neurons"])) for row in rows]
         differences = [top1 - of_front for top1, of_front in at if of_front is not None]
-        (mean,) = means_of(rows)
-        front_there = on_front(means_of([each for row in rows for each in fixed[row["seed"]]]), 100 - mean["neurons"])
-        difference = math.nan if front_there is None else mean["val_top1"] - front_there
+        difference, error = below_front(rows, fixed), jackknife_error([below_front([row for row in rows if row is not out], fixed) for out in rows])
         off = max(abs(100 - row["neurons"] - strength) for row in rows)
         missed = ["size"] * (off > WITHIN) + ["accuracy"] * (difference < -BELOW)
         lines.append(
             f"| {strength:g} | {mean_and_error([100 - row['neurons'] for row in rows], 1)} | {off:.1f} | {mean_and_error([row['val_top1'] for row in rows])} "
-            f"| {'no front there' if math.isnan(difference) else f'{difference:.2f}'} | {of_seeds(differences, rows, 2)} | {' and '.join(missed)} |"
+            f"| {'no front there' if math.isnan(difference) else f'{difference:.2f} ± {error:.2f}'} | {of_seeds(differences, rows, 2)} | {' and '.join(missed)} |"
         )
     return lines
+
+
+def below_front(rows: Rows, fixed: dict[int, Rows]) -> float:
+    """The mean of rows of one strength, less the front of the means of their seeds; nan where there is none."""
+    if not rows:
+        return math.nan
+    (mean,) = means_of(rows)
+    there = on_front(means_of([each for row in rows for each in fixed[row["seed"]]]), 100 - mean["neurons"])
+    return math.nan if there is None else mean["val_top1"] - there
+
+
+def jackknife_error(without_one: Sequence[float]) -> float:
+    """Standard error of what is no mean, from its values with one seed left out at a time (Tukey 1958)."""
+    if len(without_one) < 2:
+        return math.nan
+    return math.sqrt((len(without_one) - 1) * statistics.pvariance(without_one))
 
 
 def from_dense(rows_by: dict[str, Rows]) -> list[str]:
@@ -292,14 +312,16 @@ def filled(text: str, parts: dict[str, list[str]]) -> str:
 
 
 def parts_of(rows_by: dict[str, Rows], failed: Rows) -> dict[str, list[str]]:
-    seeds = sorted({row["seed"] for row in rows_by["none"]})
+    compared = of_rivals_seeds(rows_by)
+    seeds, more = (", ".join(str(seed) for seed in sorted(by_seed(found["none"]))) for found in (compared, rows_by))
+    more = "" if more == seeds else f" (of fixed betas and budgets {more})"
     lost = "".join(f" Failed: {row['method']} {row['strength']:g}, seed {row['seed']} ({row['error']})." for row in failed)
     hours = sum(row["seconds"] for rows in rows_by.values() for row in rows) / 3600
     found = {
-        "date": [f"{date.today()}; seeds {', '.join(map(str, seeds))}; {sum(map(len, rows_by.values()))} trainings, {hours:.1f} hours of one core.{lost}"],
-        "rivals": [*table(as_tuned(rows_by), (OWN, RIVAL, CONTROL), reference=TUNED if rows_by.get(TUNED) else "default"), "", *single_networks(rows_by)],
-        "parts": table(rows_by, (OWN, PART), strengths=FOR_PARTS),
-        "strengths": per_strength(rows_by, [name for name, method in METHODS.items() if method.kind in (OWN, PART, RIVAL, CONTROL)]),
+        "date": [f"{date.today()}; seeds {seeds}{more}; {sum(map(len, rows_by.values()))} trainings, {hours:.1f} hours of one core.{lost}"],
+        "rivals": [*table(as_tuned(compared), (OWN, RIVAL, CONTROL), reference=TUNED if rows_by.get(TUNED) else "default"), "", *single_networks(compared)],
+        "parts": table(compared, (OWN, PART), strengths=FOR_PARTS),
+        "strengths": per_strength(compared, [name for name, method in METHODS.items() if method.kind in (OWN, PART, RIVAL, CONTROL)]),
     }  # fmt: skip
     for name, made in (("target", budgets), ("init", from_dense)):
         if rows_by.get(name):
@@ -341,8 +363,9 @@ def main() -> int:
     options.page.write_text(text)
     beside = options.page.with_suffix("")
     kinds = {kind: [name for name, method in METHODS.items() if method.kind in (kind, OWN) and name != "none"] for kind in (PART, RIVAL)}
-    draw(as_tuned(rows_by), beside.with_name(f"{beside.name}-rivals.svg"), [*kinds[RIVAL], "scratch", "max-pool-2d"], bold=TUNED if rows_by.get(TUNED) else "default")
-    draw(rows_by, beside.with_name(f"{beside.name}-parts.svg"), [name for name in kinds[PART] if name != TUNED])
+    compared = of_rivals_seeds(rows_by)
+    draw(as_tuned(compared), beside.with_name(f"{beside.name}-rivals.svg"), [*kinds[RIVAL], "scratch", "max-pool-2d"], bold=TUNED if rows_by.get(TUNED) else "default")
+    draw(compared, beside.with_name(f"{beside.name}-parts.svg"), [name for name in kinds[PART] if name != TUNED])
     draw(rows_by, beside.with_name(f"{beside.name}-use.svg"), ["default", "between", "target", "init", "sensitivity"])
     return 0
 

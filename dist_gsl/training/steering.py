@@ -4,8 +4,9 @@ The strength of the penalty is a number whose meaning nobody knows before the tr
 factor of all betas is set anew several times an epoch. At each look every neuron tells, by how its norm moved since the last one, how much
 the loss supports it, and so at which factor it would just be gone by a given time: its lethal factor. What may be left falls from the whole network to the
 budget as it does under a constant penalty, in the time that norms know, the sum of the learning rates: after the last drop of a rate there is
-hardly time to kill, and none to recover. The least factor at which what is left is allowed at several times to come is the one to go
-on with. (Aiming at the end alone kills too late: those that live are supported the more, the fewer they are.) When the budget is met the penalty ends.
+hardly time to kill, and none to recover. Where few neurons may be left they are to be so few a while before the end. The least factor at which what is
+left is allowed at several times to come is the one to go on with. (Aiming at the end alone kills too late: those that live are supported the more, the
+fewer they are.) When the budget is met the penalty ends.
 
 Nothing else changes: a neuron dies of the proximal step alone, and what is dead stays dead.
 """
