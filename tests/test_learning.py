@@ -300,6 +300,8 @@ def test_budgets_are_held_against_the_front_of_fixed_betas(told: dict[str, list[
     assert fifty.split("|")[1:3] == [" 50 ", " 49.0 ± 0.0 "]
     assert fifty.endswith("| no front there | - |  |"), "49 % is beyond the front"
     assert seventy.endswith("| -1.00 ± 0.00 | -1.00 ± 0.00 | size and accuracy |")
+    alone = {name: [each for each in rows if each["seed"] == 0] for name, rows in told.items()}
+    assert page.budgets(alone)[2].endswith("| -1.00 | -1.00 | size and accuracy |"), "one seed has no error"
 
 
 def test_a_budget_is_met_where_its_mean_is_on_the_front_of_the_means(told: dict[str, list[dict[str, Any]]]) -> None:

@@ -216,17 +216,17 @@ def budgets(rows_by: dict[str, Rows]) -> list[str]:
             continue
         at = [(row["val_top1"], on_front(fixed[row["seed"]], 100 - row["neurons"])) for row in rows]
         differences = [top1 - of_front for top1, of_front in at if of_front is not None]
-        difference, error = below_front(rows, fixed), jackknife_error([below_front([row for row in rows if row is not out], fixed) for out in rows])
+        difference, error = above_front(rows, fixed), jackknife_error([above_front([row for row in rows if row is not out], fixed) for out in rows])
         off = max(abs(100 - row["neurons"] - strength) for row in rows)
         missed = ["size"] * (off > WITHIN) + ["accuracy"] * (difference < -BELOW)
         lines.append(
             f"| {strength:g} | {mean_and_error([100 - row['neurons'] for row in rows], 1)} | {off:.1f} | {mean_and_error([row['val_top1'] for row in rows])} "
-            f"| {'no front there' if math.isnan(difference) else f'{difference:.2f} ± {error:.2f}'} | {of_seeds(differences, rows, 2)} | {' and '.join(missed)} |"
+            f"| {'no front there' if math.isnan(difference) else f'{difference:.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}')} | {of_seeds(differences, rows, 2)} | {' and '.join(missed)} |"
         )
     return lines
 
 
-def below_front(rows: Rows, fixed: dict[int, Rows]) -> float:
+def above_front(rows: Rows, fixed: dict[int, Rows]) -> float:
     """The mean of rows of one strength, less the front of the means of their seeds; nan where there is none."""
     if not rows:
         return math.nan
