@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dist_gsl.training.budget import Target
 from dist_gsl.training.shrinking import Rule
-from dist_gsl.training.steering import Target
 
 LOSSES = ("cross-entropy", "square")
 OPTIMIZERS = ("sgd", "adamw")

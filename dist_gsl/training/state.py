@@ -27,8 +27,9 @@ from dist_gsl.proximal import ProximalAdamW, ProximalOptimizer, ProximalSGD
 from dist_gsl.removal import Removal
 from dist_gsl.tracing import find_neurons
 from dist_gsl.training import checkpoint, initial
+from dist_gsl.training.budget import Cost, Target
 from dist_gsl.training.config import TrainConfig
-from dist_gsl.training.steering import Cost, Steering, Target
+from dist_gsl.training.steering import Steering
 
 
 @dataclass

@@ -16,10 +16,11 @@ from dist_gsl.config import RunConfig
 from dist_gsl.neurons import Neurons
 from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule
 from dist_gsl.training import checkpoint, loop
+from dist_gsl.training.budget import Cost, Target, positions_of_weights
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.path import PathConfig
 from dist_gsl.training.state import RunState, build
-from dist_gsl.training.steering import DEADLINES, Cost, Steering, Target, positions_of_weights
+from dist_gsl.training.steering import DEADLINES, Steering
 from tests.device import DEVICE
 from tests.training.trainings import NETWORK, TRAIN, TensorBatches, equal, trained
 
@@ -154,7 +155,7 @@ def test_a_training_ends_with_its_budget(target: str, beta: float, end: float | 
 @pytest.mark.filterwarnings(FORCED)
 def test_milliseconds_are_a_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine whose milliseconds depend on the network alone: a test double, as those of a real one may have changed by the next look."""
-    monkeypatch.setattr("dist_gsl.training.steering.latency_ms", lambda model, **_: 0.1 + sum(p.numel() for p in model.parameters()) / 1e5)
+    monkeypatch.setattr("dist_gsl.training.budget.latency_ms", lambda model, **_: 0.1 + sum(p.numel() for p in model.parameters()) / 1e5)
     state, records = trained(replace(LONGER, target="latency_ms=75%"), PENALTY)
     assert state.steering is not None
     assert state.steering.is_met
