@@ -44,7 +44,7 @@ class RunConfig:
                 else "leave out penalty.every" if self.penalty.every != "step"
                 else "set a penalty.beta to start from, such as penalty.beta.rest"
             )  # fmt: skip
-            raise ValueError(f"train.target {self.train.target} steers a penalty of every step whose dead stay dead; {remedy}")
+            raise ValueError(f"train.target {self.train.target} says when the penalty's proximal step runs, and the dead stay dead; {remedy}")
         if self.train.target is not None and self.penalty.min_alive == 0:
             raise ValueError(
                 f"train.target {self.train.target} asks what a network costs, and one that has lost a layer cannot say; set penalty.min_alive 1"

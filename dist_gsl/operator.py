@@ -6,6 +6,7 @@ clears what a death clears, and the host asks when somebody reads a mask.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor
 from dist_gsl import kernels
 from dist_gsl.kernels import Kind, Layout
 from dist_gsl.neurons import NeuronLayer, Neurons
-from dist_gsl.penalty import Prox, SparseGroupLasso, dying, row_norms
+from dist_gsl.penalty import Prox, SparseGroupLasso, dying, lethal_factors, row_norms
 
 if TYPE_CHECKING:
     from dist_gsl.kernels import gpu
@@ -123,8 +124,29 @@ class ProximalOperator:
         self._generation += 1
         self._looked_at.clear()
 
+    def lethal_factors(self, layer: NeuronLayer, *, beta: float, alpha: float, t: float) -> Tensor:
+        """By what beta would have to be multiplied at least for a proximal step to take each neuron to zero, (num_neurons,) float64 on the CPU: 0 of the
+        dead, inf of those that nothing kills, as of the strongest, as many as `min_alive` keeps."""
+        parts, metric = self.neurons.parts(layer), None if self.metric_of is None else self.metric_of(layer)
+        mask, is_one_group = layer.mask.cpu(), self._is_one_group(layer)
+        if layer.num_neurons == 0 or (metric is not None and not metric):
+            return torch.where(mask, math.inf, 0.0).double()
+        groups, metrics = ([part.unsqueeze(0) for part in each] if each and is_one_group else each for each in (parts, metric))
+        size = layer.group_size * layer.starting_neurons if is_one_group else layer.group_size
+        found = lethal_factors(groups or (), t=t, beta=beta, alpha=alpha, group_size=size, metric=metrics).double().cpu().expand(layer.num_neurons).clone()
+        found[~mask] = 0.0
+        kept = min(self._min_alive_of(layer), int(mask.sum()))
+        found[found.topk(kept).indices] = math.inf
+        return found
+
+    def _is_one_group(self, layer: NeuronLayer) -> bool:
+        return self.branches_are_groups and layer.bypassed and self.depth
+
+    def _min_alive_of(self, layer: NeuronLayer) -> int:
+        return 0 if self.depth and layer.bypassed else self.min_alive
+
     def _due(self, layer: NeuronLayer, step: int, t: float) -> _Due:
-        is_one_group = self.branches_are_groups and layer.bypassed and self.depth
+        is_one_group = self._is_one_group(layer)
         layout = self._layouts.get(layer.name)
         if layout is None or not layout.is_current():
             rows = [piece.of(self.neurons.parameter(piece.tensor)) for piece in layer.producers]
@@ -133,8 +155,7 @@ class ProximalOperator:
             layout = self._layouts[layer.name] = Layout(rows, 1 if is_one_group else layer.num_neurons)
         size = layer.group_size * layer.starting_neurons if is_one_group else layer.group_size
         cut, threshold, beta = self.penalty.limits(layer.name, step, t=t, group_size=size)
-        min_alive = 0 if self.depth and layer.bypassed else self.min_alive
-        return _Due(layer, layout, step, t, size, cut, threshold, beta, min_alive, is_one_group)
+        return _Due(layer, layout, step, t, size, cut, threshold, beta, self._min_alive_of(layer), is_one_group)
 
     # --- on the host
 

@@ -29,7 +29,7 @@ class ProximalOptimizer(torch.optim.Optimizer):
     """Minimises loss + r(Theta): a gradient step on the loss of the kind that a subclass takes, then a proximal step on the penalty.
 
     The operator runs every step,
-    every N steps (`every=N`), or when `end_epoch()` is called (`every="epoch"`, as in the paper); its t is the sum of
+    every N steps (`every=N`), or when `end_epoch()` or `run_operator()` is called (`every="epoch"`, as in the paper); its t is the sum of
     the learning rates since it last ran. With `revive=False` a neuron that reaches zero is dead: it is masked, its
     momentum and the weights that read it are cleared, and its gradient is exactly zero from then on. With `revive=True`
     it may come back, by its momentum or its gradient, as in the paper. Each layer keeps at least `min_alive` neurons; with
@@ -116,9 +116,14 @@ class ProximalOptimizer(torch.optim.Optimizer):
     def end_epoch(self) -> None:
         """Runs the proximal operator where `every` is "epoch"; call it at the end of each epoch. Else does nothing."""
         if self.every == "epoch":
-            self.prox_(self.neurons)
-            self._since_prox = [0.0] * len(self.param_groups)
-            self.finish_step()
+            self.run_operator()
+
+    @torch.no_grad()
+    def run_operator(self) -> None:
+        """Runs the proximal operator now, with the t of all steps since it ran last."""
+        self.prox_(self.neurons)
+        self._since_prox = [0.0] * len(self.param_groups)
+        self.finish_step()
 
     # --- in DDP's communication hook
 
@@ -182,6 +187,11 @@ class ProximalOptimizer(torch.optim.Optimizer):
 
     def _update_(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def lethal_factors(self, layer: NeuronLayer, *, beta: float, alpha: float) -> Tensor:
+        """By what beta would have to be multiplied at least for the operator, if it ran now, to take each neuron to zero, (num_neurons,) float64 on
+        the CPU: 0 of the dead, inf of those that nothing kills, as of the strongest, as many as `min_alive` keeps."""
+        return self._operator.lethal_factors(layer, beta=beta, alpha=alpha, t=self._since_prox[self._layer_groups[layer.name][0]])
 
     def pull_weights(self, layer: NeuronLayer) -> Tensor:
         """By how much more than in the identity's metric a proximal step takes from each neuron's norm, (num_neurons,) float64 on the CPU: the mean

@@ -218,7 +218,44 @@ def test_a_branch_that_is_gone_leaves_the_others_to_the_penalty(fresh: bool) -> 
     for batch in data[1:]:
         assert math.isfinite(train_step(result.model, small.step, batch))
     assert sum(int(layer.mask.sum()) for layer in result.neurons) == 1  # min_alive
-    assert {layer.name: len(small.pull_weights(layer)) for layer in result.neurons} == {layer.name: layer.num_neurons for layer in result.neurons}
+    sizes = {layer.name: layer.num_neurons for layer in result.neurons}
+    assert {layer.name: len(small.pull_weights(layer)) for layer in result.neurons} == sizes
+    assert {layer.name: len(small.lethal_factors(layer, beta=1.0, alpha=0.5)) for layer in result.neurons} == sizes
+
+
+@pytest.mark.filterwarnings("ignore:layer .* would kill every neuron")
+@pytest.mark.parametrize("kind", [ProximalSGD, ProximalAdamW])
+@pytest.mark.parametrize("groups", ["neurons", "branches"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("min_alive", [1, 3])
+def test_the_operator_kills_as_lethal_factors_say(kind: type[ProximalSGD] | type[ProximalAdamW], groups: str, alpha: float, min_alive: int) -> None:
+    """Layers of a chain and of a branch, of which some are dead."""
+    beta, factor = 0.01, 1.0
+
+    def begun() -> tuple[ProximalSGD | ProximalAdamW, Neurons]:
+        torch.manual_seed(0)
+        model = Residual().double()
+        neurons = find_neurons(model, torch.zeros(2, 2, 5, 5, dtype=torch.float64))
+        penalty = SparseGroupLasso(beta=lambda layer, step: beta * factor, alpha=alpha)
+        optimizer = kind(model.parameters(), neurons, penalty, lr=0.1, every="epoch", groups=groups, min_alive=min_alive)
+        for batch in list(batches(3, dtype=torch.float64))[:3]:
+            train_step(model, optimizer.step, batch)
+        neurons.zero_({"stem": [1]})
+        return optimizer, neurons
+
+    optimizer, neurons = begun()
+    lethal = {layer.name: optimizer.lethal_factors(layer, beta=beta, alpha=alpha) for layer in neurons}
+    assert lethal["stem"][1] == 0
+    assert int(lethal["stem"].isinf().sum()) == min_alive
+    assert not lethal["conv1"].isinf().any(), "a branch may go"
+    if groups == "branches":
+        assert len(lethal["conv1"].unique()) == 1
+    for each in torch.cat(list(lethal.values())).unique().tolist():
+        for factor in (each * (1 - 1e-6), each * (1 + 1e-6)):
+            if math.isfinite(factor):
+                optimizer, neurons = begun()
+                optimizer.run_operator()
+                assert {layer.name: int(layer.mask.sum()) for layer in neurons} == {name: int((its > factor).sum()) for name, its in lethal.items()}
 
 
 def test_a_state_of_sgd_is_refused_and_changes_nothing() -> None:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from dist_gsl import SparseGroupLasso, find_neurons, sparse_group_prox
 from dist_gsl.neurons import Neurons, Slice
-from dist_gsl.penalty import PenaltyConfig, PerLayer, Schedule, make_penalty, soft_threshold, starting_betas
+from dist_gsl.penalty import (
+    PenaltyConfig,
+    PerLayer,
+    Schedule,
+    lethal_factors,
+    make_penalty,
+    soft_threshold,
+    starting_betas,
+)
 from tests.networks import IMAGE, chain
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
@@ -177,6 +185,28 @@ def test_a_stronger_penalty_shrinks_more(a: np.ndarray, beta: float, more: float
     assert bool((strong.abs() <= weak.abs() + 1e-12).all())
     assert bool((weak.abs() <= x.abs()).all())
     assert bool((weak * x >= 0).all())  # signs stay
+
+
+positive = st.floats(1e-3, 1e3)
+squarable = arrays(np.float64, (4, 3), elements=st.integers(-10_000, 10_000).map(lambda number: number / 1000))
+
+
+@given(squarable, st.just(0.0) | st.floats(1e-3, 3), mixtures, st.none() | arrays(np.float64, (4, 3), elements=positive))
+def test_a_neuron_is_gone_from_its_lethal_factor_on_and_not_below(x: np.ndarray, beta: float, alpha: float, metric: np.ndarray | None) -> None:
+    rows = torch.from_numpy(x)
+    d = None if metric is None else torch.from_numpy(metric)
+    lethal = lethal_factors([rows], t=0.3, beta=beta, alpha=alpha, group_size=9, metric=None if d is None else [d])
+    for row, factor in enumerate(lethal.tolist()):
+        one, scale = rows[row : row + 1], None if d is None else d[row : row + 1]
+        if not one.any() or beta == 0:
+            assert factor == (0.0 if not one.any() else math.inf)
+            continue
+
+        def after(times: float, one: Tensor = one, scale: Tensor | None = scale, factor: float = factor) -> Tensor:
+            return sparse_group_prox(one, t=0.3, beta=beta * factor * times, alpha=alpha, group_size=9, metric=scale)
+
+        assert not after(1 + 1e-6).any()
+        assert after(1 - 1e-6).any()
 
 
 @given(matrices, strengths, mixtures, st.permutations([0, 1, 2]))

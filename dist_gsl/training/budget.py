@@ -62,28 +62,37 @@ class Cost:
             return self.now()
         return self.of({layer.name: torch.ones(layer.num_neurons, dtype=torch.bool) for layer in self._neurons})
 
+    def least(self) -> float:
+        """With one neuron a layer."""
+        return self.measured({layer.name: torch.arange(layer.num_neurons) == 0 for layer in self._neurons})
+
     def of(self, keep: Mapping[str, Tensor]) -> float:
         """With the neurons of `keep`, {layer name: bool (num_neurons,)}, alone. Milliseconds are those of the nearest networks that were timed, by
         their multiply-adds."""
         if self.kind == "neurons":
             return sum(int(keep[layer.name].sum()) if layer.name in keep else layer.num_neurons for layer in measured_layers(self._neurons))
-        removal = Removal(self._neurons, keep)
         if self.kind == "params":
-            return removal.num_parameters()
-        return self._macs(removal) if self.kind == "macs" else self._milliseconds(self._macs(removal))
+            return Removal(self._neurons, keep).num_parameters()
+        return self.macs(keep) if self.kind == "macs" else self._milliseconds(self.macs(keep))
 
     def now(self) -> float:
         """With those that live."""
-        keep = {layer.name: layer.alive() for layer in self._neurons}
+        return self.measured({layer.name: layer.alive() for layer in self._neurons})
+
+    def measured(self, keep: Mapping[str, Tensor]) -> float:
+        """As `of`, but milliseconds are measured, and known from then on: so a network that was fast enough stays so."""
         if self.kind == "latency_ms":
-            removal = Removal(self._neurons, keep)
-            macs = self._macs(removal)
-            device = next(self._model.parameters()).device
-            small = removal.model(self._model).eval()
-            self._known.append((macs, latency_ms(small, example=torch.zeros(1, *self._neurons.input_shape[1:], device=device), repeats=30, seconds=0.5)))
+            macs = self.macs(keep)
+            if all(macs != known for known, _ in self._known):
+                device = next(self._model.parameters()).device
+                small = Removal(self._neurons, keep).model(self._model).eval()
+                example = torch.zeros(1, *self._neurons.input_shape[1:], device=device)
+                self._known.append((macs, latency_ms(small, example=example, repeats=30, seconds=0.5)))
         return self.of(keep)
 
-    def _macs(self, removal: Removal) -> float:
+    def macs(self, keep: Mapping[str, Tensor]) -> float:
+        """Multiply-adds of an image with the neurons of `keep`, where the kind is macs or latency_ms."""
+        removal = Removal(self._neurons, keep)
         return sum(positions * removal.num_kept(name, self._shapes[name]) for name, positions in self._positions.items())
 
     def _milliseconds(self, macs: float) -> float:

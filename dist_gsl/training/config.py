@@ -61,8 +61,9 @@ class TrainConfig:
     the end of each epoch from the last 16 steps' data; None: off."""
     target: str | None = None
     """What may be left: neurons=50%, params=100000, macs=30% or latency_ms=2.5 (an image alone, on a worker). The penalty is steered so that the
-    training meets it by penalty.beta_schedule.end, or by its own end where that is None; then the penalty ends, and not before. The betas are where it
-    starts from. None: the betas are what they are."""
+    training meets it by penalty.beta_schedule.end, or by its own end where that is None; then the penalty ends, and not before. The betas say how
+    strong layers are beside each other, and where it starts from. Below half of the neurons or a quarter of the params the operator runs at the
+    ends of epochs, and wherever much is to go; else in every step. None: the betas are what they are."""
     shrink: str = "epoch"
     """When dead neurons leave the training itself, which goes on with the smaller network as it would have gone on with them: "epoch": at
     the end of each; a number N: every N steps; "P%": as soon as P % of the parameters died; "never". With penalty.revive never."""

@@ -101,7 +101,8 @@ def train(
                 speed = (float(totals[2]) - samples_before) * world_size / seconds
                 on_progress(Progress(epoch, step + 1, steps_per_epoch, float(totals[0] / totals[2]), speed))
             watch.after_step(state, totals, steps_done=step + 1 - start, step=epoch * steps_per_epoch + step + 1, is_last=is_last)
-        state.optimizer.end_epoch()
+        if state.steering is None:  # or that runs the operator
+            state.optimizer.end_epoch()
         shrink(state, rule, (epoch + 1) * steps_per_epoch, epoch_ends=True)
         seconds = seconds_before + time.perf_counter() - began
         state.position, state.seconds = Position(epoch + 1, 0), 0.0

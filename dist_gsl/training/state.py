@@ -29,7 +29,7 @@ from dist_gsl.tracing import find_neurons
 from dist_gsl.training import checkpoint, initial
 from dist_gsl.training.budget import Cost, Target
 from dist_gsl.training.config import TrainConfig
-from dist_gsl.training.steering import Steering
+from dist_gsl.training.steering import Steering, make_steering
 
 
 @dataclass
@@ -90,13 +90,15 @@ class Setup:
     def learning_rate(self, step: int) -> float:
         return self.train.learning_rate_at(step, steps_per_epoch=self.steps_per_epoch)
 
-    def wrapped(self, model: nn.Module, neurons: Neurons, regulariser: SparseGroupLasso) -> tuple[DistributedDataParallel, ProximalOptimizer]:
-        """DDP and the optimizer of a network, attached to it."""
+    def wrapped(
+        self, model: nn.Module, neurons: Neurons, regulariser: SparseGroupLasso, *, every: str | int | None = None
+    ) -> tuple[DistributedDataParallel, ProximalOptimizer]:
+        """DDP and the optimizer of a network, attached to it. every: when it runs the operator, where that is not the penalty's `every`."""
         ddp = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ddp.broadcast_buffers = buffers_matter(model)  # at the start they are, whatever torch's version calls the argument
         train, penalty = self.train, self.penalty
         options: dict[str, Any] = {
-            "lr": self.learning_rate(0), "weight_decay": train.weight_decay, "every": penalty.interval, "revive": penalty.revive,
+            "lr": self.learning_rate(0), "weight_decay": train.weight_decay, "every": every or penalty.interval, "revive": penalty.revive,
             "min_alive": penalty.min_alive, "depth": penalty.depth, "groups": penalty.groups,
         }  # fmt: skip
         optimizer: ProximalOptimizer
@@ -200,7 +202,7 @@ class RunState:
         self.ddp = self.optimizer = self.average = None  # type: ignore[assignment]
         self.model, self.neurons = model.train(was_training), neurons
         gc.collect()
-        self.ddp, self.optimizer = self.setup.wrapped(model, neurons, self.penalty)
+        self.ddp, self.optimizer = self.setup.wrapped(model, neurons, self.penalty, every=None if self.steering is None else self.steering.every)
         self.average = self.setup.average(model, neurons, averaged)
         self.optimizer.load_state_dict(smaller.optimizer_state)
         self.optimizer.warned.update(warned)
@@ -314,23 +316,21 @@ def build(
         if state is not None
         else starting_betas(penalty, neurons, steps_per_epoch=steps_per_epoch, learning_rate=setup.learning_rate)
     )
-    steering = None
-    if train.target is not None:
-        steering = Steering(
-            Target.parse(train.target), penalty, steps_per_epoch=steps_per_epoch, num_steps=train.epochs * steps_per_epoch, learning_rate=setup.learning_rate
-        )
-        if state is not None and state.get("steering") is not None:
-            steering.load_state_dict(state["steering"])
-    regulariser = make_penalty(
-        penalty, neurons, betas=betas, steps_per_epoch=steps_per_epoch, factor=None if steering is None else steering.at
-    )
     memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     neurons = neurons.bound_to(model)
-    ddp, optimizer = setup.wrapped(model, neurons, regulariser)
+    steering = None
+    if train.target is not None:
+        target = Target.parse(train.target)
+        steering = make_steering(
+            target, penalty, steps_per_epoch=steps_per_epoch, num_steps=train.epochs * steps_per_epoch, learning_rate=setup.learning_rate,
+            cost=lambda known: Cost(target.kind, model, neurons, known), device=device, state=None if state is None else state.get("steering"),
+        )  # fmt: skip
+    regulariser = make_penalty(
+        penalty, neurons, betas=betas, steps_per_epoch=steps_per_epoch, factor=None if steering is None else steering.at
+    )
+    ddp, optimizer = setup.wrapped(model, neurons, regulariser, every=None if steering is None else steering.every)
     average = setup.average(model, neurons, None if state is None else state["average"])
-    if steering is not None and steering.budget is None:
-        steering.begin(Cost(steering.target.kind, model, neurons, steering.known))
     position, history = Position(), []
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])

@@ -302,13 +302,13 @@ def with_removal_and_without(rank: int, *, shrink: str, optimizer: str = "sgd") 
     }  # fmt: skip
 
 
-def steered(rank: int) -> dict[str, Any]:
+def steered(rank: int, *, target: str) -> dict[str, Any]:
     """A training with a target, each process on data of its own."""
-    course = Course("7", network=NETWORK, epochs=20.0, num_steps=8, seed=rank, target="neurons=40%")
+    course = Course("7", network=NETWORK, epochs=20.0, num_steps=8, seed=rank, target=target)
     steering = course.state.steering
     assert steering is not None
     return {
-        "factor": steering.factor, "budget": steering.budget, "alive": course.records[-1]["alive"],
+        "met": steering.is_met, "factor": steering.factor, "budget": steering.budget, "alive": course.records[-1]["alive"],
         "factors": [record["beta_factor"] for record in course.records], "masks": {layer.name: layer.mask.tolist() for layer in course.state.neurons},
     }  # fmt: skip
 
