@@ -297,11 +297,27 @@ def test_the_front_is_chosen_on_validation() -> None:
 
 def test_budgets_are_held_against_the_front_of_fixed_betas(told: dict[str, list[dict[str, Any]]]) -> None:
     seventy, fifty = page.budgets(told)[2:]
-    assert fifty.split("|")[1:3] == [" 50 ", " 49.0 ± 0.0 "]
-    assert fifty.endswith("| no front there | - |  |"), "49 % is beyond the front"
-    assert seventy.endswith("| -1.00 ± 0.00 | -1.00 ± 0.00 | size and accuracy |")
+    assert fifty.split("|")[1:4] == [" 50 ", " 0.0005 ", " 49.0 ± 0.0 "]
+    assert fifty.endswith("| no front there | - | - |  |"), "49 % is beyond the front"
+    assert seventy.endswith("| -1.00 ± 0.00 | - | -1.00 ± 0.00 | size and accuracy |")
     alone = {name: [each for each in rows if each["seed"] == 0] for name, rows in told.items()}
-    assert page.budgets(alone)[2].endswith("| -1.00 | -1.00 | size and accuracy |"), "one seed has no error"
+    assert page.budgets(alone)[2].endswith("| -1.00 | - | -1.00 | size and accuracy |"), "one seed has no error"
+
+
+def test_seeds_that_nothing_was_chosen_on_stand_beside_all(told: dict[str, list[dict[str, Any]]]) -> None:
+    fresh = page.CHOSEN_ON.stop
+    for name, rows in told.items():
+        rows += [{**each, "seed": each["seed"] + fresh, "val_top1": each["val_top1"] + 2 * (name == "target")} for each in rows]
+    seventy, _ = page.budgets(told)[2:]
+    assert seventy.endswith("| 0.00 ± 0.58 | 1.00 ± 0.00 | 0.00 ± 0.58 | size |")
+
+
+def test_budgets_and_fixed_betas_both_have_their_best_weight_decay(told: dict[str, list[dict[str, Any]]]) -> None:
+    told["tuned-decay"] = [row("tuned-decay", seed, 0.0, 84.0, 0.0, weight_decay=1.6e-2) for seed in (0, 1)]
+    told["default-decay"] = [row("default-decay", seed, 2.2, 82.0, 50.0, weight_decay=4e-3) for seed in (0, 1)]
+    told["target"] = [row("target", seed, 80, 83.0, 20.0, weight_decay=4e-3) for seed in (0, 1)]
+    (eighty,) = page.budgets(told)[2:]
+    assert eighty.startswith("| 80 | 0.004 | 80.0 ± 0.0 | 0.0 | 83.00 ± 0.00 | -0.20 ± 0.00 |")
 
 
 def test_a_budget_is_met_where_its_mean_is_on_the_front_of_the_means(told: dict[str, list[dict[str, Any]]]) -> None:
@@ -309,7 +325,7 @@ def test_a_budget_is_met_where_its_mean_is_on_the_front_of_the_means(told: dict[
     told["default"] = [row("default", seed, 2.2 + number, 80.0 + 2 * (seed == number), 50.0) for seed in (0, 1) for number in (0, 1)]
     told["target"] = [row("target", seed, 50, 81.0, 50.0) for seed in (0, 1)]
     (fifty,) = page.budgets(told)[2:]
-    assert fifty.endswith("| 0.00 ± 0.00 | -1.00 ± 0.00 |  |")
+    assert fifty.endswith("| 0.00 ± 0.00 | - | -1.00 ± 0.00 |  |")
 
 
 def test_more_seeds_of_the_default_leave_the_comparison_as_it_is(told: dict[str, list[dict[str, Any]]]) -> None:

@@ -169,7 +169,7 @@ METHODS = {
     "narrower": _rival("every layer cut alike, from the start", SHARES, rivals.narrower, decays=(*(1.6e-2,) * 3, *(8e-3,) * 3)),
     "scratch": Method("the default's widths, trained from scratch", CONTROL, (2.2, 1.7, 1.0), from_scratch, comes_later=True, decays=(1.6e-2, 1.6e-2, 8e-3)),
     "between": Method("the default at strengths in between", USE, BETWEEN, partial(penalised, ours.default)),
-    "target": Method("the default steered to a budget", USE, TARGETS, steered),
+    "target": Method("the default steered to a budget", USE, TARGETS, steered, decays=(8e-3, *(4e-3,) * 4, *(5e-4,) * 5)),
     "init": Method("group sparsity from the dense network's weights", USE, FROM_DENSE, from_dense, comes_later=True),
     "sensitivity": Method("the default at random pairs of beta", USE, range(PAIRS), drawn, one_seed=True),
 }

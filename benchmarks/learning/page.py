@@ -33,6 +33,8 @@ SIZES = (50, 40, 30, 20)
 """Percent of the neurons left, at which accuracies are compared."""
 BELOW = 0.3
 """Points of accuracy that a budget's network may be below the default's front."""
+CHOSEN_ON = range(6)
+"""Seeds on whose validation accuracy the ways of steering were chosen."""
 NEAR = 1.0
 """Points of accuracy below the network without penalty, that is trained as well as it can be, which count as none."""
 TUNED = "default-decay"
@@ -203,12 +205,13 @@ def means_of(rows: Rows) -> Rows:
 
 
 def budgets(rows_by: dict[str, Rows]) -> list[str]:
-    """Each budget against the front of fixed betas: the mean of its seeds against the front of their means, which decides, and each seed against its own
-    front. The latter is too high by what luck gave its points, as a front is of the best. The first one's error is the jackknife's over seeds."""
-    fixed = by_seed(rows_by["default"] + rows_by["between"] + rows_by["none"])
+    """Each budget against the front of fixed betas, both with their best weight decay: the mean of its seeds against the front of their means, which decides, and
+    each seed against its own front. The latter is too high by what luck gave its points, as a front is of the best. The first one's error is the
+    jackknife's over seeds."""
+    fixed = by_seed(line_of(as_tuned(rows_by), TUNED) if rows_by.get(TUNED) else rows_by["default"] + rows_by.get("between", []) + rows_by["none"])
     lines = [
-        "| may be left, % | left, % | off by, at most | top-1, validation | less the front of the means | less the front of the same seed | missed |",
-        "|---|---|---|---|---|---|---|",
+        "| may be left, % | weight decay | left, % | off by, at most | top-1, validation | less the front of the means | the same, of seeds that nothing was chosen on | less the front of the same seed | missed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for strength in METHODS["target"].strengths:
         rows = [row for row in rows_by["target"] if row["strength"] == strength and row["seed"] in fixed]
@@ -216,14 +219,21 @@ def budgets(rows_by: dict[str, Rows]) -> list[str]:
             continue
         at = [(row["val_top1"], on_front(fixed[row["seed"]], 100 - row["neurons"])) for row in rows]
         differences = [top1 - of_front for top1, of_front in at if of_front is not None]
-        difference, error = above_front(rows, fixed), jackknife_error([above_front([row for row in rows if row is not out], fixed) for out in rows])
         off = max(abs(100 - row["neurons"] - strength) for row in rows)
-        missed = ["size"] * (off > WITHIN) + ["accuracy"] * (difference < -BELOW)
+        missed = ["size"] * (off > WITHIN) + ["accuracy"] * (above_front(rows, fixed) < -BELOW)
         lines.append(
-            f"| {strength:g} | {mean_and_error([100 - row['neurons'] for row in rows], 1)} | {off:.1f} | {mean_and_error([row['val_top1'] for row in rows])} "
-            f"| {'no front there' if math.isnan(difference) else f'{difference:.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}')} | {of_seeds(differences, rows, 2)} | {' and '.join(missed)} |"
+            f"| {strength:g} | {rows[0]['weight_decay']:g} | {mean_and_error([100 - row['neurons'] for row in rows], 1)} | {off:.1f} | {mean_and_error([row['val_top1'] for row in rows])} "
+            f"| {with_jackknife(rows, fixed)} | {with_jackknife([row for row in rows if row['seed'] not in CHOSEN_ON], fixed)} | {of_seeds(differences, rows, 2)} | {' and '.join(missed)} |"
         )
     return lines
+
+
+def with_jackknife(rows: Rows, fixed: dict[int, Rows]) -> str:
+    """`above_front` with its error."""
+    if not rows:
+        return "-"
+    difference, error = above_front(rows, fixed), jackknife_error([above_front([row for row in rows if row is not out], fixed) for out in rows])
+    return "no front there" if math.isnan(difference) else f"{difference:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
 def above_front(rows: Rows, fixed: dict[int, Rows]) -> float:
@@ -366,7 +376,7 @@ def main() -> int:
     compared = of_rivals_seeds(rows_by)
     draw(as_tuned(compared), beside.with_name(f"{beside.name}-rivals.svg"), [*kinds[RIVAL], "scratch", "max-pool-2d"], bold=TUNED if rows_by.get(TUNED) else "default")
     draw(compared, beside.with_name(f"{beside.name}-parts.svg"), [name for name in kinds[PART] if name != TUNED])
-    draw(rows_by, beside.with_name(f"{beside.name}-use.svg"), ["default", "between", "target", "init", "sensitivity"])
+    draw(as_tuned(rows_by), beside.with_name(f"{beside.name}-use.svg"), ["default", TUNED, "between", "target", "init", "sensitivity"])
     return 0
 
 
