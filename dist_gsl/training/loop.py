@@ -112,7 +112,19 @@ def train(
             estimate_statistics(state.average.module, (part for batch in training_data for part in _first_parts(state, config, batch)))
         for buffer in state.evaluated.buffers():  # running statistics are each worker's own
             dist.broadcast(buffer, 0)
+        kept = None
+        if state.average is None and state.steering is not None and state.steering.has_just_shrunk((epoch + 1) * steps_per_epoch):
+            # Running statistics are of filters that have shrunk since, all at once: with them the network would be at chance.
+            kept = [buffer.clone() for buffer in state.evaluated.buffers()]
+            if rank == 0:
+                training_data.set_epoch(epoch, max(0, steps_per_epoch - NUM_STEPS))
+                estimate_statistics(state.evaluated, (part for batch in training_data for part in _first_parts(state, config, batch)))
+            for buffer in state.evaluated.buffers():
+                dist.broadcast(buffer, 0)
         validation = evaluate(state.evaluated, validation_data, config, device=device)
+        if kept is not None and epoch + 1 < config.epochs:  # training goes on with its own
+            for buffer, value in zip(state.evaluated.buffers(), kept, strict=True):
+                buffer.copy_(value)
         record = {
             "epoch": epoch + 1,
             "train_loss": float(totals[0] / totals[2]),

@@ -145,6 +145,10 @@ class Steering(ABC):
     def after_step(self, state: RunState, step: int) -> None:
         """step: counted from 1 over the whole run."""
 
+    def has_just_shrunk(self, step: int) -> bool:
+        """Whether the operator ran after a step, counted from 1, with all that several steps are worth."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "law": type(self).__name__, "factor": self.factor, "is_met": self.is_met, "whole": self.course.whole, "known": [list(each) for each in self.known],
@@ -396,6 +400,8 @@ class AtOnce(Steering):
         self.factor = 0.0
         self._allowed = course.whole
         """When the operator ran last."""
+        self._shrunk_at = 0
+        """The step after which it ran last with a factor."""
 
     def at(self, step: int) -> float:
         """That with which the operator ran last, whatever the step; a ramp of the schedule has no meaning here."""
@@ -436,13 +442,17 @@ class AtOnce(Steering):
     def decided(self, factor: float, *, step: int) -> None:
         """With what the operator runs after a step, counted from 1."""
         self.factor, self._allowed = factor, self.course.allowed(step)
+        self._shrunk_at = step if factor > 0 else self._shrunk_at
+
+    def has_just_shrunk(self, step: int) -> bool:
+        return step == self._shrunk_at
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "allowed": self._allowed}
+        return {**super().state_dict(), "allowed": self._allowed, "shrunk_at": self._shrunk_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._allowed = float(state["allowed"])
+        self._allowed, self._shrunk_at = float(state["allowed"]), int(state["shrunk_at"])
 
 
 # --- of a training

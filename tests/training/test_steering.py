@@ -423,6 +423,22 @@ def test_milliseconds_that_no_network_has_are_refused(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.filterwarnings(FORCED)
+def test_what_has_just_shrunk_is_evaluated_with_statistics_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on as without them, to the bit."""
+    config, penalty = replace(LONGER, target="neurons=30%"), replace(PENALTY, beta_schedule=Schedule(start=1))
+    network = {**NETWORK, "batch_norm": True}
+    state, records = trained(config, penalty, network=network)
+    monkeypatch.setattr("dist_gsl.training.loop.estimate_statistics", lambda model, parts: None)
+    other, without = trained(config, penalty, network=network)
+    assert equal(state, other)
+    assert all(torch.equal(a, b) for a, b in zip(state.model.buffers(), other.model.buffers(), strict=True))
+    differ = [a["epoch"] for a, b in zip(records, without, strict=True) if a["val_loss"] != b["val_loss"]]
+    assert differ
+    assert max(differ) < LONGER.epochs
+    assert max(record["val_loss"] for record in records) < max(record["val_loss"] for record in without)
+
+
+@pytest.mark.filterwarnings(FORCED)
 def test_one_epoch_is_enough() -> None:
     """The operator runs as often as it takes."""
     short = PenaltyConfig(beta=PerLayer(rest=1.0), beta_schedule=Schedule())
