@@ -24,7 +24,7 @@ from dist_gsl.training.budget import Cost, Target, positions_of_weights
 from dist_gsl.training.config import TrainConfig
 from dist_gsl.training.path import PathConfig
 from dist_gsl.training.state import RunState, build
-from dist_gsl.training.steering import DEADLINES, AtOnce, ByForesight, Course, Steering
+from dist_gsl.training.steering import DEADLINES, LEAST, AtOnce, ByForesight, Course, Steering
 from dist_gsl.training.watch import CommonError, Outside
 from tests.device import DEVICE
 from tests.training.trainings import NETWORK, TRAIN, TensorBatches, equal, trained
@@ -329,7 +329,38 @@ def test_the_factor_is_the_one_at_which_the_budget_is_met() -> None:
     assert math.isfinite(factor)
 
 
+def test_a_neuron_that_is_almost_nothing_does_not_take_the_factor_with_it() -> None:
+    """As weight decay leaves one that is dead but for rounding: it would be followed for ever."""
+    first = nn.Linear(1, 10, bias=False)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(10, 1))
+    neurons = find_neurons(model, torch.zeros(2, 1))
+    steering = ByForesight(course_of("neurons=9", whole=10.0, schedule=Schedule()))
+    steering.decided(1.5 * LEAST, 0)
+    options: dict[str, Any] = {
+        "pull_of": lambda layer: 2.0, "weights_of": lambda layer: torch.ones(10, dtype=torch.float64), "learning_rate": lambda step: 0.1,
+        "min_alive": lambda layer: 1,
+    }  # fmt: skip
+    for step, norm in ((199, 1e-12), (199, 1e-13)):
+        with torch.no_grad():
+            first.weight.fill_(1.0)
+            first.weight[0] = norm
+        factor, _ = steering.look(neurons, Cost("neurons", model, neurons), step=step, **options)
+        steering.moved({"0": 0.0}, 0.1)
+    assert factor == LEAST
+
+
 # --- at once
+
+
+def test_a_state_knows_whether_it_has_just_shrunk() -> None:
+    """A training that stopped between an epoch's last step and its evaluation is evaluated when it goes on."""
+    course = course_of("neurons=10%", whole=100.0)
+    before, after = AtOnce(course), AtOnce(course)
+    before.decided(1.0, step=20)
+    after.load_state_dict(before.state_dict())
+    assert after.has_just_shrunk(20)
+    after.decided(0.0, step=30)
+    assert not after.has_just_shrunk(30)
 
 
 @pytest.mark.parametrize("target", ["neurons=4", "neurons=7", "params=20", "params=15"])
